@@ -1,0 +1,1 @@
+"""Triton kernel templates with named holes, one kernel family a file."""

@@ -1,0 +1,1 @@
+"""Capture, Hugging Face hooks and weights: everything that knows where a model comes from."""

@@ -1,0 +1,1 @@
+"""Graph passes, one a file; tilewright.passes.pipeline holds their order."""

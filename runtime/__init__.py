@@ -1,0 +1,1 @@
+"""Programs: planned memory, steps and their execution. No fx graphs here."""

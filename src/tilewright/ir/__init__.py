@@ -1,0 +1,1 @@
+"""The graph, its typed facts and the records the stages hand to one another."""

@@ -1,0 +1,1 @@
+"""The semantic op set: native references and traits."""
