@@ -1,0 +1,77 @@
+"""Sizes as sympy expressions over the symbols of one graph: batch B, padded length S, tokens T.
+
+Shapes, strides, offsets and grids are all written in these; a run evaluates them once per call.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import sympy
+from sympy.printing.pycode import PythonCodePrinter
+
+Size = sympy.Expr | int
+
+BATCH = sympy.Symbol("B", integer=True, positive=True)
+SEQ = sympy.Symbol("S", integer=True, positive=True)
+TOKENS = sympy.Symbol("T", integer=True, positive=True)
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """Product of sizes; 1 for none."""
+    result: Size = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def contiguous_strides(shape: Sequence[Size]) -> tuple[Size, ...]:
+    """Row-major strides in elements."""
+    strides: list[Size] = []
+    step: Size = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step = step * size
+    return tuple(reversed(strides))
+
+
+def ceil_div(size: Size, tile: int) -> Size:
+    """Number of tiles that cover ``size``: ``(size + tile - 1) // tile``."""
+    if isinstance(size, int):
+        return -(-size // tile)
+    return sympy.floor((size + tile - 1) / sympy.Integer(tile))
+
+
+class _Printer(PythonCodePrinter):
+    """Prints size expressions as Python integer arithmetic."""
+
+    def _print_floor(self, expr: sympy.Expr) -> str:
+        numerator, denominator = sympy.fraction(sympy.together(expr.args[0]))
+        return f"(({self._print(numerator)}) // ({self._print(denominator)}))"
+
+    def _print_Rational(self, expr: sympy.Expr) -> str:
+        raise ValueError(f"size expression has a fraction outside floor: {expr}")
+
+
+def compile_sizes(symbols: Sequence[sympy.Symbol], sizes: Sequence[Size]) -> Callable[..., tuple[int, ...]]:
+    """One Python function that evaluates all ``sizes`` at once.
+
+    Args:
+        symbols: parameters of the function, in order.
+        sizes: expressions over those symbols.
+
+    Returns:
+        ``f(*values) -> tuple[int, ...]`` in the order of ``sizes``.
+
+    Raises:
+        KeyError: a size uses a symbol that is not in ``symbols``.
+    """
+    unknown = {s for size in sizes for s in getattr(size, "free_symbols", ())} - set(symbols)
+    if unknown:
+        raise KeyError(f"sizes use unknown symbols: {sorted(map(str, unknown))}")
+    printer = _Printer({"fully_qualified_modules": False})
+    body = ", ".join(str(s) if isinstance(s, int) else printer.doprint(sympy.sympify(s)) for s in sizes)
+    names = ", ".join(str(s) for s in symbols)
+    namespace: dict[str, Any] = {"max": max, "min": min}
+    exec(f"def sizes({names}):\n    return ({body}{',' if len(sizes) == 1 else ''})", namespace)
+    function: Callable[..., tuple[int, ...]] = namespace["sizes"]
+    return function
