@@ -1,0 +1,68 @@
+"""Fusion regions: what one region is, as facts on the ``call_module`` node that stands for it.
+
+At the fused level every compute node is inside exactly one region, a small GraphModule called from the outer graph:
+
+    %region_3 : call_module[target=region_3](args = (%x, %residual, %weight, %bias))
+
+Its placeholders are the values it reads (weights included), each with a ``TensorType``; its output is a tuple of the values
+other regions read. Views (reshape, permute, slice, ...) between regions stay in the outer graph: they cost nothing.
+Regions of equal structure are called through different nodes but share one structural key, and so one kernel.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from tilewright.ir.sizes import Size
+
+
+class Anchor(Enum):
+    """The node a region is built around; it decides the kernel family."""
+
+    GEMM = "gemm"  # linear: out[M, N] = x[M, K] @ w[N, K].T
+    ATTENTION = "attention"
+    ROW = "row"  # pointwise work and reductions along the last axis; embedding lookups may feed it
+    INDEX = "index"  # the row index of packing
+    OPAQUE = "opaque"  # runs eager, with the reason on record
+
+
+@dataclass(frozen=True)
+class Region:
+    """Fact on a region's call node.
+
+    Attributes:
+        id: position among the graph's regions.
+        anchor: kernel family.
+        anchor_node: name of the anchor inside the region's GraphModule; None for pointwise regions.
+        reason: for OPAQUE, why no kernel was made.
+        refused: (node name, sentence) for each neighbour that did not join and why.
+    """
+
+    id: int
+    anchor: Anchor
+    anchor_node: str | None
+    reason: str = ""
+    refused: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class GemmTable:
+    """Fact on a GEMM region from the specialized level on: a variant for every row count, once.
+
+    Attributes:
+        rows: the row count the table is indexed by.
+        entries: (inclusive upper bound, variant) in rising order; the last bound is None. Variants: "triton", "vendor".
+        measured: True when the bounds come from measurements, False when from the default rule.
+    """
+
+    rows: Size
+    entries: tuple[tuple[int | None, str], ...]
+    measured: bool = False
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Fact on a region from the placed level on: where it runs and where its weights live."""
+
+    device: str = "cpu"
+    stage: int = 0
+    weight_tier: str = "cpu"

@@ -1,0 +1,47 @@
+"""What the passes may know of an op: how its axes flow, and how it is written in Triton.
+
+A pass never asks for an op by name when a trait can answer. An op with declared traits packs and fuses without a
+change to any pass.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Flow(Enum):
+    """How the axes of an op's tensor inputs become axes of its output."""
+
+    POINTWISE = "pointwise"  # inputs broadcast against one another from the right; every axis flows
+    LAST_AXIS = "last_axis"  # works along the last axis of input 0 (norm, softmax over -1); all others flow
+    CONTRACT = "contract"  # linear: the last axis of input 0 is replaced; all others flow
+    LOOKUP = "lookup"  # embedding(table, ids): the axes of ids flow, one new last axis
+    REDUCE = "reduce"  # reduces the axes named by ``axes_arg``; the others flow
+    VIEW = "view"  # moves elements without computing; each has a rule of its own
+    ATTENTION = "attention"  # mixes the tokens of one sequence, given which keys are valid
+    CREATE = "create"  # makes a tensor from sizes (arange, full)
+    SIZE = "size"  # yields an integer, not a tensor
+    PACKING = "packing"  # row index, gather and scatter of packed tokens
+    OTHER = "other"  # nothing is known: runs eager, never packed
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Traits of one op.
+
+    Attributes:
+        flow: how axes flow.
+        triton: for POINTWISE ops, a Triton expression with ``{0}``, ``{1}`` for tensor or scalar operands in order, computed
+            in the compute dtype (fp32 for half types), e.g. ``"tl.maximum({0}, 0.0)"``. None: no kernel is emitted and the
+            op runs eager.
+        axes_arg: for REDUCE, position of the argument that names the axes.
+        reduce: for REDUCE, "sum", "mean", "max", "min", "any", "all".
+        zero_preserving: f(0) = 0 for a pointwise op of one tensor.
+        why_not: for OTHER, why nothing more is promised; shown to the user.
+    """
+
+    flow: Flow
+    triton: str | None = None
+    axes_arg: int | None = None
+    reduce: str | None = None
+    zero_preserving: bool = False
+    why_not: str = ""
