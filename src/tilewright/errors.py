@@ -61,7 +61,9 @@ class VerifierError(TilewrightError):
         rule: name of the broken rule in the level's spec.
     """
 
-    def __init__(self, rule: str, what: str, *, where: Where | str | None = None, why: str = "", hint: str = "") -> None:
+    def __init__(
+        self, rule: str, what: str, *, where: Where | str | None = None, why: str = "", hint: str = ""
+    ) -> None:
         self.rule = rule
         super().__init__(f"[{rule}] {what}", where=where, why=why, hint=hint)
 

@@ -26,12 +26,23 @@ class Setting:
 
 
 TABLE = (
-    Setting("cache_dir", "TILEWRIGHT_CACHE_DIR", Path, None, "Kernel and table cache; default: the user's cache folder"),
-    Setting("verify", "TILEWRIGHT_VERIFY", bool, False, "Check each level's spec after every pass (always on in tests)"),
+    Setting(
+        "cache_dir", "TILEWRIGHT_CACHE_DIR", Path, None, "Kernel and table cache; default: the user's cache folder"
+    ),
+    Setting(
+        "verify", "TILEWRIGHT_VERIFY", bool, False, "Check each level's spec after every pass (always on in tests)"
+    ),
     Setting("check", "TILEWRIGHT_CHECK", bool, False, "Bounds-check each load and store of CPU kernels"),
     Setting("dump_dir", "TILEWRIGHT_DUMP_DIR", Path, None, "Write a numbered graph per pass and all kernels here"),
-    Setting("cpu_features", "TILEWRIGHT_CPU_FEATURES", str, None, "Instruction set for CPU kernels; default: this machine's"),
-    Setting("num_threads", "TILEWRIGHT_NUM_THREADS", int, None, "Threads of CPU kernels; default: torch.get_num_threads()"),
+    Setting(
+        "cpu_features", "TILEWRIGHT_CPU_FEATURES", str, None, "Instruction set for CPU kernels; default: this machine's"
+    ),
+    Setting(
+        "triton_backend", "TRITON_DEFAULT_BACKEND", str, None, "Triton's own choice of driver; cpu: even beside a GPU"
+    ),
+    Setting(
+        "num_threads", "TILEWRIGHT_NUM_THREADS", int, None, "Threads of CPU kernels; default: torch.get_num_threads()"
+    ),
 )
 
 _BY_NAME = {setting.name: setting for setting in TABLE}

@@ -1,1 +1,12 @@
-"""The semantic op set: native references and traits."""
+"""The semantic op set: traits and native references. Importing this package registers every built-in op.
+
+``tilewright.ops.register(op, Traits(...))`` declares an op of your own.
+"""
+
+from tilewright.ops import aten as aten
+from tilewright.ops import attention as attention
+from tilewright.ops import packing as packing
+from tilewright.ops.registry import OpSpec, all_ops, find, is_overload, register, traits_of
+from tilewright.ops.traits import Flow, Traits
+
+__all__ = ["Flow", "OpSpec", "Traits", "all_ops", "find", "is_overload", "register", "traits_of"]

@@ -42,7 +42,9 @@ def register(target: Callable[..., Any], traits: Traits) -> OpSpec:
         OptionError: the op is registered with other traits already, or a trait does not fit the flow.
     """
     if traits.triton is not None and traits.flow is not Flow.POINTWISE:
-        raise OptionError(f"op {target}: a Triton expression goes with flow POINTWISE", why=f"its flow is {traits.flow}")
+        raise OptionError(
+            f"op {target}: a Triton expression goes with flow POINTWISE", why=f"its flow is {traits.flow}"
+        )
     spec = OpSpec(target, traits)
     if _registry.setdefault(target, spec) != spec:
         raise OptionError(f"op {target} is registered already with other traits", why=f"{_registry[target].traits}")

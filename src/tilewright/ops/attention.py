@@ -1,0 +1,171 @@
+"""The attention ops: one for padded tensors, one for packed tokens. Their eager code here is their definition.
+
+Shapes use B batch, S padded length (of queries; Sk of keys), T packed tokens, Hq query heads, Hkv key heads (Hq a multiple of
+Hkv), D head size, Dv value head size.
+"""
+
+import torch
+from torch import Tensor
+
+from tilewright.ops.registry import register
+from tilewright.ops.traits import Flow, Traits
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, dim=1) if groups != 1 else k
+    compute = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
+    scores = (q.to(compute) @ k.to(compute).transpose(-1, -2)) * scale
+    return torch.tanh(scores / softcap) * softcap if softcap > 0.0 else scores
+
+
+def _allowed(sq: int, sk: int, causal: bool, left: int, right: int, device: torch.device) -> Tensor | None:
+    """Which (query, key) slots may attend by position alone; None when all may."""
+    if not causal and left < 0 and right < 0:
+        return None
+    query = torch.arange(sq, device=device)[:, None] + (sk - sq)
+    key = torch.arange(sk, device=device)[None, :]
+    allowed = torch.ones_like(query * key, dtype=torch.bool)
+    if causal:
+        allowed = allowed & (key <= query)
+    if left >= 0:
+        allowed = allowed & (key > query - left - 1)
+    if right >= 0:
+        allowed = allowed & (key < query + right + 1)
+    return allowed
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
+    """Softmax attention over [B, H, S, D] tensors in fp32 or wider; a query with no allowed key gives zeros."""
+    scores = _scores(q, k, scale, softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat((scores, sink), dim=-1)
+    peak = scores.amax(dim=-1, keepdim=True)
+    peak = torch.where(torch.isinf(peak), torch.zeros_like(peak), peak)
+    weights = torch.exp(scores - peak)
+    total = weights.sum(dim=-1, keepdim=True)
+    weights = weights / torch.where(total == 0, torch.ones_like(total), total)
+    weights = weights[..., : k.shape[2]]
+    groups = q.shape[1] // v.shape[1]
+    v = v.repeat_interleave(groups, dim=1) if groups != 1 else v
+    if allowed is not None:
+        # A masked key has weight zero, but 0 * NaN is NaN: whatever stands in pad rows of V must not reach a real row.
+        used = allowed.any(dim=-2, keepdim=True).transpose(-1, -2).expand(v.shape[0], v.shape[1], -1, 1)
+        v = torch.where(used, v, torch.zeros_like(v))
+    return (weights @ v.to(weights.dtype)).to(q.dtype)
+
+
+@torch.library.custom_op("tilewright::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> Tensor:
+    """Attention over padded sequences.
+
+    Args:
+        q: [B, Hq, S, D]. k: [B, Hkv, Sk, D]. v: [B, Hkv, Sk, Dv]. Same float dtype; any strides.
+        valid: [B, Sk] bool or integer, nonzero where a key is a real token; None when all are.
+        bias: added to the scaled scores, broadcastable to [B, Hq, S, Sk]; may hold -inf.
+        sinks: [Hq] logits that join the softmax without a value.
+        scale: factor of the scores.
+        causal: key slot <= query slot, the last query aligned with the last key.
+        window_left, window_right: greatest slot distance of a key to the left and right of the query; -1 for no limit.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before bias and mask; 0 for none.
+
+    Returns:
+        [B, S, Hq, Dv], contiguous, dtype of q. A query with no allowed key gives zeros.
+    """
+    allowed = _allowed(q.shape[2], k.shape[2], causal, window_left, window_right, q.device)
+    if valid is not None:
+        keys = (valid != 0)[:, None, None, :]
+        allowed = keys if allowed is None else allowed & keys
+        k = torch.where(keys.transpose(-1, -2), k, torch.zeros_like(k))
+    return _attend(q, k, v, allowed, bias, sinks, scale, softcap).transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _attention_fake(q, k, v, valid, bias, sinks, scale, causal, window_left, window_right, softcap):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
+
+
+@torch.library.custom_op("tilewright::attention_packed", mutates_args=())
+def attention_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    key_start: Tensor,
+    seqlens_k: Tensor,
+    slots: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    max_seqlen: int,
+    scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> Tensor:
+    """Attention over packed tokens: queries of sequence b see only keys of sequence b.
+
+    Args:
+        q: [T, Hq, D]. k: [T, Hkv, D]. v: [T, Hkv, Dv]. Any strides.
+        cu_seqlens: [B + 1] int32, first packed row of each sequence; the last entry is T.
+        key_start: [B] int32, first packed row that is a valid key of each sequence.
+        seqlens_k: [B] int32, number of valid keys; they are contiguous from ``key_start``.
+        slots: [T] int32, column each packed row had in the padded batch; causal order and windows are on slots.
+        bias: broadcastable to [B, Hq, S, S], indexed by slots.
+        sinks: [Hq].
+        max_seqlen: padded length S, an upper bound of every length.
+        Others as in ``attention``.
+
+    Returns:
+        [T, Hq, Dv], contiguous. A query with no allowed key gives zeros.
+    """
+    tokens, batch = q.shape[0], cu_seqlens.shape[0] - 1
+    rows = torch.arange(tokens, device=q.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    place = sequence * max_seqlen + slots.long()
+    is_key = (rows >= key_start[sequence]) & (rows < key_start[sequence] + seqlens_k[sequence])
+
+    def padded(x: Tensor) -> Tensor:
+        flat = x.new_zeros((batch * max_seqlen, *x.shape[1:])).index_put((place,), x)
+        return flat.view(batch, max_seqlen, *x.shape[1:]).transpose(1, 2)
+
+    valid = is_key.new_zeros(batch * max_seqlen).index_put((place,), is_key).view(batch, max_seqlen)
+    out = attention(
+        padded(q), padded(k), padded(v), valid, bias, sinks, scale, causal, window_left, window_right, softcap
+    )
+    return out.reshape(batch * max_seqlen, q.shape[1], v.shape[2])[place]
+
+
+@attention_packed.register_fake
+def _attention_packed_fake(q, k, v, *args):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+
+
+register(torch.ops.tilewright.attention.default, Traits(Flow.ATTENTION))
+register(torch.ops.tilewright.attention_packed.default, Traits(Flow.ATTENTION))
