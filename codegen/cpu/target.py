@@ -69,14 +69,34 @@ class CpuTarget:
             )
         return _from_features(*_NAMED[name])
 
-    @property
+    @staticmethod
+    def from_key(key: str) -> "CpuTarget":
+        """The target that has this ``key``; the empty key means ``native()``.
+
+        Raises:
+            OptionError: the key belongs to another machine or another version of LLVM.
+        """
+        if not key:
+            return CpuTarget.native()
+        for target in (CpuTarget.native(), *map(CpuTarget.named, _NAMED), _host()):
+            if target.key == key:
+                return target
+        raise OptionError(
+            f"no CPU target has the key {key!r}",
+            where=f"this machine is {_host().key}",
+            why="the kernel was compiled for another processor or by another LLVM",
+            hint="compile it again on this machine",
+        )
+
+    @functools.cached_property
     def key(self) -> str:
         """Name of everything that code generation depends on; part of cache keys.
 
         The feature string of a host has about 100 entries, so it is present as a digest.
         """
         text = "\n".join((self.triple, self.cpu, self.features, str(self.vector_bits)))
-        return f"{self.triple.split('-')[0]}-{self.cpu}-{self.vector_bits}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{self.triple.split('-')[0]}-{self.cpu}-{self.vector_bits}-{digest}"
 
     @property
     def lanes_f32(self) -> int:
