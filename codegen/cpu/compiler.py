@@ -129,9 +129,9 @@ class CpuBackend(BaseBackend):
         return lowered.llvm_ir
 
     def _assemble(self, llvm_ir: str) -> bytes:
-        from tilewright.codegen.cpu import jit
+        from tilewright.codegen.cpu import jit, store
 
-        return jit.seal(jit.compile_ir(llvm_ir, self._cpu_target()))
+        return store.seal(jit.compile_ir(llvm_ir, self._cpu_target()))
 
 
 def optimize_ttir(module: Any) -> Any:
@@ -170,12 +170,10 @@ def optimize_ttir(module: Any) -> Any:
 @functools.cache
 def toolchain_version() -> str:
     """Names everything but the target that turns Triton IR into object code: LLVM, and this package's sources."""
-    from llvmlite import __version__ as llvmlite_version
-    from llvmlite import binding as llvm
+    from tilewright.codegen.cpu import jit
 
     root = Path(__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    llvm_version = ".".join(str(part) for part in llvm.llvm_version_info)
-    return f"llvmlite{llvmlite_version}-llvm{llvm_version}-{digest.hexdigest()[:32]}"
+    return f"{jit.version()}-{digest.hexdigest()[:32]}"

@@ -119,16 +119,16 @@ class CpuUtils:
             kernel: sealed object code, the last stage of the compiler.
 
         Returns:
-            The loaded code (keeps the machine code alive), its address, and Triton's n_regs, n_spills and
+            The loaded code twice (Triton's module and function: who launches it keeps it alive), n_regs, n_spills and
             n_max_threads, which have no meaning here.
 
         Raises:
             CacheError: the object code was altered after it was compiled.
         """
-        from tilewright.codegen.cpu import jit
+        from tilewright.codegen.cpu import jit, store
 
-        code = jit.load(jit.unseal(kernel, where=f"kernel '{name}' in Triton's cache"), name)
-        return code, code.address, 0, 0, 2**31 - 1
+        code = jit.load(store.unseal(kernel, where=f"kernel '{name}' in Triton's cache"), name)
+        return code, code, 0, 0, 2**31 - 1
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         """Properties that Triton and tuning code ask for; shared memory is unlimited because it is never used."""

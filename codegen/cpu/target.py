@@ -52,7 +52,17 @@ class CpuTarget:
             OptionError: the setting names no known instruction set.
         """
         name = settings.get("cpu_features")
-        return _host() if name in (None, "native") else CpuTarget.named(name)
+        return CpuTarget.host() if name in (None, "native") else CpuTarget.named(name)
+
+    @staticmethod
+    @functools.cache
+    def host() -> "CpuTarget":
+        """This machine, whatever the settings say."""
+        from llvmlite import binding as llvm
+
+        features = llvm.get_host_cpu_features()
+        flat = ",".join(sorted(f"{'+' if on else '-'}{name}" for name, on in features.items()))
+        return _from_features(llvm.get_process_triple(), llvm.get_host_cpu_name(), flat)
 
     @staticmethod
     def named(name: str) -> "CpuTarget":
@@ -78,12 +88,12 @@ class CpuTarget:
         """
         if not key:
             return CpuTarget.native()
-        for target in (CpuTarget.native(), *map(CpuTarget.named, _NAMED), _host()):
+        for target in (CpuTarget.native(), *map(CpuTarget.named, _NAMED), CpuTarget.host()):
             if target.key == key:
                 return target
         raise OptionError(
             f"no CPU target has the key {key!r}",
-            where=f"this machine is {_host().key}",
+            where=f"this machine is {CpuTarget.host().key}",
             why="the kernel was compiled for another processor or by another LLVM",
             hint="compile it again on this machine",
         )
@@ -107,15 +117,6 @@ class CpuTarget:
     def is_x86(self) -> bool:
         """True for x86-64, false for arm64."""
         return self.triple.startswith(("x86_64", "amd64"))
-
-
-@functools.cache
-def _host() -> CpuTarget:
-    from llvmlite import binding as llvm
-
-    features = llvm.get_host_cpu_features()
-    flat = ",".join(sorted(f"{'+' if on else '-'}{name}" for name, on in features.items()))
-    return _from_features(llvm.get_process_triple(), llvm.get_host_cpu_name(), flat)
 
 
 def _from_features(triple: str, cpu: str, features: str) -> CpuTarget:

@@ -1,0 +1,92 @@
+"""What Triton calls to launch a compiled kernel."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tilewright.codegen.cpu import launch
+from tilewright.codegen.cpu.arguments import ArgumentPacker
+from tilewright.codegen.cpu.jit import Code
+from tilewright.errors import InputError
+
+_MAX_PROGRAMS = 2**62
+_recorder = threading.local()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, ready to be repeated.
+
+    Attributes:
+        code: the kernel; has to be kept as long as the launch may run.
+        slots: packed arguments.
+        grid: programs along x, y, z.
+        arguments: the objects whose memory the slots point to.
+    """
+
+    code: Code
+    slots: bytes
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+
+
+class CpuLauncher:
+    """Launches one compiled kernel; Triton creates it once per kernel.
+
+    Args:
+        src: Triton's source object; its ``signature`` gives the type of each parameter.
+        metadata: what the compiler's stages recorded; its ``name`` is used in error messages.
+    """
+
+    def __init__(self, src: Any, metadata: Any) -> None:
+        self._packer = ArgumentPacker(src.signature.values(), metadata.name)
+        self._name = metadata.name
+        self._run_kernel = launch.launcher().run_kernel
+
+    def __call__(
+        self,
+        grid_x: int,
+        grid_y: int,
+        grid_z: int,
+        stream: int,
+        function: Code,
+        packed_metadata: Any,
+        launch_metadata: Any,
+        enter_hook: Callable[[Any], None] | None,
+        exit_hook: Callable[[Any], None] | None,
+        *arguments: Any,
+    ) -> None:
+        """Runs all programs of the grid and returns when they are done; a grid with a 0 does nothing.
+
+        Raises:
+            InputError: an argument cannot be passed, or the grid is negative or too large.
+        """
+        if grid_x < 0 or grid_y < 0 or grid_z < 0 or grid_x * grid_y * grid_z > _MAX_PROGRAMS:
+            raise InputError(
+                f"kernel '{self._name}' cannot run on this grid",
+                why=f"the grid is ({grid_x}, {grid_y}, {grid_z})",
+                hint="each size is 0 or more, and there are at most 2**62 programs",
+            )
+        slots = self._packer.pack(arguments)
+        recording = getattr(_recorder, "launches", None)
+        if recording is not None:
+            recording.append(Launch(function, slots, (grid_x, grid_y, grid_z), arguments))
+            return
+        if enter_hook is not None:
+            enter_hook(launch_metadata)
+        self._run_kernel(function.address, slots, grid_x, grid_y, grid_z, launch.num_threads())
+        if exit_hook is not None:
+            exit_hook(launch_metadata)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside the ``with`` block, launches of this thread are appended to the list instead of run."""
+    before = getattr(_recorder, "launches", None)
+    _recorder.launches = []
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder.launches = before
