@@ -4,18 +4,17 @@ Triton imports this module inside its own import (entry point ``triton.backends`
 at the top. The object code goes through Triton's own cache, keyed by ``CpuBackend.hash`` and the options.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget, Language
 
-from tilewright.codegen.cpu import target as cpu_target
+from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.version import toolchain_version
 from tilewright.errors import UnsupportedOp, Where
 
 
@@ -117,14 +116,15 @@ class CpuBackend(BaseBackend):
     def load_dialects(self, context: Any) -> None:
         """Nothing beyond Triton's own dialects is used."""
 
-    def _cpu_target(self) -> cpu_target.CpuTarget:
-        return cpu_target.CpuTarget.from_key(str(self.target.arch))
+    def _cpu_target(self) -> CpuTarget:
+        return CpuTarget.from_key(str(self.target.arch))
 
     def _lower(self, module: Any, metadata: dict[str, Any]) -> str:
         from tilewright.codegen.cpu.lower import lower_module
 
         lowered = lower_module(str(module), self._cpu_target())
         metadata["name"] = lowered.name
+        metadata["params"] = list(lowered.params)
         metadata["shared"] = 0
         return lowered.llvm_ir
 
@@ -165,15 +165,3 @@ def optimize_ttir(module: Any) -> Any:
             hint="set MLIR_ENABLE_DUMP=1 to see the pass that failed",
         ) from error
     return module
-
-
-@functools.cache
-def toolchain_version() -> str:
-    """Names everything but the target that turns Triton IR into object code: LLVM, and this package's sources."""
-    from tilewright.codegen.cpu import jit
-
-    root = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return f"{jit.version()}-{digest.hexdigest()[:32]}"

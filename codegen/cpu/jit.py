@@ -113,15 +113,6 @@ def load(object_code: bytes, symbol: str, *more: str) -> Code:
     return Code(symbol, tracker, jit)
 
 
-@functools.cache
-def version() -> str:
-    """Names the LLVM that makes object code; part of cache keys."""
-    from llvmlite import __version__ as llvmlite_version
-    from llvmlite import binding as llvm
-
-    return f"llvmlite{llvmlite_version}-llvm{'.'.join(str(part) for part in llvm.llvm_version_info)}"
-
-
 def _jit() -> Any:
     # functools.cache alone could create two JITs from two threads.
     with _jit_lock:

@@ -21,6 +21,7 @@ from tilewright import settings
 from tilewright.codegen.cpu import jit, store
 from tilewright.codegen.cpu.launch_ir import LAUNCH_IR
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.version import llvm_version
 
 SERIAL = 1
 """Flag of a step whose function runs all programs in one call on the calling thread (it is parallel by itself)."""
@@ -100,7 +101,7 @@ def _create_launcher() -> Launcher:
 
 def _object_code() -> bytes:
     target = CpuTarget.host()
-    key = store.key("launch", LAUNCH_IR, target.key, jit.version())
+    key = store.key("launch", LAUNCH_IR, target.key, llvm_version())
     cached = store.get(key)
     if cached is not None:
         return cached
