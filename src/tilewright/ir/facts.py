@@ -91,6 +91,12 @@ def fact(node: Node, kind: type[FactT]) -> FactT:
     return found
 
 
+def all_facts(node: Node) -> list[Any]:
+    """All facts of the node, in the order of their class names."""
+    records: dict[type, Any] = node.meta.get(_KEY, {})
+    return [records[kind] for kind in sorted(records, key=lambda kind: kind.__name__)]
+
+
 def drop_fact(node: Node, kind: type) -> None:
     """Removes the fact of that kind, if any."""
     node.meta.get(_KEY, {}).pop(kind, None)

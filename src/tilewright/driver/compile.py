@@ -1,0 +1,120 @@
+"""``tilewright.compile`` and the way from one captured graph to a program."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter
+
+from tilewright import settings
+from tilewright.codegen.assemble import assemble
+from tilewright.driver.compiled import CompiledModel
+from tilewright.driver.kernels import Progress, build_kernels
+from tilewright.driver.options import CompileOptions
+from tilewright.ir.program import ProgramSpec
+from tilewright.passes.base import Observer, PassRecord
+from tilewright.passes.observe import ArtifactWriter
+from tilewright.passes.pipeline import pipeline, run_pipeline
+from tilewright.runtime.program import Program
+from tilewright.runtime.stats import Stats
+
+
+@dataclass
+class CompiledGraph:
+    """One graph, compiled.
+
+    Attributes:
+        graph: the graph at the last level reached.
+        records: what each pass did.
+        spec: the program as data; None at opt_level 0, where the graph itself is run on the reference kernels.
+        program: the loaded program; None at opt_level 0.
+        stats: counters of its runs.
+    """
+
+    graph: GraphModule
+    records: tuple[PassRecord, ...]
+    spec: ProgramSpec | None
+    program: Program | None
+    stats: Stats
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Runs on the flat inputs, in placeholder order; returns the flat outputs."""
+        if self.program is not None:
+            return self.program(*inputs)
+        with torch.no_grad():
+            outputs: Sequence[torch.Tensor] = Interpreter(self.graph).run(*inputs)
+        self.stats.calls += 1
+        return list(outputs)
+
+
+def compile(
+    model: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    opt_level: int = 2,
+    unpad: str = "auto",
+    target: str = "auto",
+    gemm: str = "auto",
+    cache_dir: str | Path | None = None,
+) -> CompiledModel:
+    """Compiles a model into Triton kernels.
+
+    Args:
+        model: a transformers model, any ``torch.nn.Module``, an ``ExportedProgram``, or an ``fx.GraphModule``; in eval
+            mode. It is not changed. A model whose inputs cannot be known beforehand is captured at its first call.
+        dtype: compute and weight dtype; None keeps the model's own.
+        opt_level: 0 captures, normalizes and runs reference kernels (the oracle); 1 adds packing; 2 adds fusion and
+            measured GEMM tables; 3 tunes longer.
+        unpad: "auto" removes padding where it is legal and records why where not; "on" refuses instead of padding; "off".
+        target: "cpu", or "auto", which is the CPU in this version.
+        gemm: "auto" chooses per GEMM and row count; "triton" or "vendor" uses one alone.
+        cache_dir: where kernels and tables are kept; default: the user's cache folder.
+
+    Returns:
+        A callable that takes what the model takes and returns the same output class with the same fields. Masked positions of
+        per-token outputs are 0.
+
+    Raises:
+        OptionError: an option has a value that is not a choice.
+        CaptureError: the model is in training mode.
+        PackingRefused: ``unpad="on"`` and packing is not legal; the message names the node and the rule.
+    """
+    options = CompileOptions(dtype, opt_level, unpad, target, gemm, Path(cache_dir) if cache_dir else None)
+    return CompiledModel(model, options)
+
+
+def compile_graph(
+    gm: GraphModule,
+    options: CompileOptions,
+    *,
+    observers: Sequence[Observer] = (),
+    progress: Progress | None = None,
+) -> CompiledGraph:
+    """Compiles a graph at level exported.
+
+    Args:
+        gm: the captured graph; it is rewritten in place.
+        options: as of ``compile``.
+        observers: see the graph around every pass.
+        progress: called before each kernel build.
+    """
+    overrides = {"cache_dir": options.cache_dir} if options.cache_dir else {}
+    with settings.scope(**overrides):
+        dump_dir = settings.get("dump_dir")
+        watching = [*observers, *([ArtifactWriter(dump_dir)] if dump_dir else [])]
+        passes = pipeline(options.opt_level, options.unpad, options.gemm)
+        gm, records = run_pipeline(gm, passes, watching)
+        stats = Stats(compilations=1)
+        if options.opt_level == 0:
+            return CompiledGraph(gm, records, None, None, stats)
+        spec = assemble(gm)
+        return CompiledGraph(gm, records, spec, load(spec, stats, progress), stats)
+
+
+def load(spec: ProgramSpec, stats: Stats, progress: Progress | None = None) -> Program:
+    """Builds the kernels of a program and makes it ready to run."""
+    from tilewright.codegen.cpu.launch import launcher
+
+    return Program(spec, build_kernels(spec, progress), launcher(), stats)

@@ -1,0 +1,148 @@
+"""The compiled model: called like the model it was made from."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tilewright.driver.options import CompileOptions
+from tilewright.errors import CaptureError
+from tilewright.ir.graph import GraphInfo, info
+from tilewright.models.capture import capture, default_signature
+from tilewright.models.inputs import CallSignature, bind, signature_of
+from tilewright.runtime.stats import Stats
+
+if TYPE_CHECKING:
+    from tilewright.driver.compile import CompiledGraph
+    from tilewright.driver.kernels import Progress
+    from tilewright.passes.base import Observer
+
+
+@dataclass
+class Variant:
+    """The model compiled for one way of calling it (which arguments are given); ``reason`` says why it runs eager."""
+
+    compiled: "CompiledGraph | None"
+    info: GraphInfo | None
+    reason: str = ""
+
+
+class CompiledModel:
+    """A model compiled by ``tilewright.compile``.
+
+    Which tensor arguments a call gives, and the values of its other arguments, select a variant. The usual one is compiled at
+    once; another is compiled at its first call. Batch size and length never are a reason to compile.
+
+    Attributes:
+        model: the model it was made from.
+        options: the options it was compiled with.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        options: CompileOptions,
+        *,
+        observers: "Sequence[Observer]" = (),
+        progress: "Progress | None" = None,
+    ) -> None:
+        self.model = model
+        self.options = options
+        self._observers = tuple(observers)
+        self._progress = progress
+        self._variants: dict[CallSignature, Variant] = {}
+        self._fallbacks = Stats()
+        self._lock = threading.RLock()
+        usual = default_signature(model)
+        if usual is not None:
+            self._variant(usual, None)
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, where it has one."""
+        return getattr(self.model, "config", None)
+
+    @property
+    def variants(self) -> dict[CallSignature, Variant]:
+        """What has been compiled so far, by call signature."""
+        return dict(self._variants)
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """What was not done for the whole model, and why, by topic."""
+        found: dict[str, str] = {}
+        for signature, variant in self._variants.items():
+            if variant.compiled is not None:
+                found |= info(variant.compiled.graph).reasons
+            if variant.reason:
+                found[f"eager: {signature}"] = variant.reason
+        return found
+
+    @property
+    def stats(self) -> Stats:
+        """Counters over all calls so far: a snapshot."""
+        total = Stats()
+        compiled = [v.compiled.stats for v in self._variants.values() if v.compiled is not None]
+        for part in (self._fallbacks, *compiled):
+            for field in fields(Stats):
+                setattr(total, field.name, getattr(total, field.name) + getattr(part, field.name))
+        return total
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model.
+
+        Args and kwargs are the model's own. Inputs may be non-contiguous.
+
+        Returns:
+            The model's output class with the same fields; masked positions of per-token outputs are 0.
+
+        Raises:
+            InputError: an argument does not fit: rank, shape of the mask, ids out of the vocabulary, too long.
+        """
+        signature = signature_of(self.model, args, kwargs)
+        variant = self._variants.get(signature) or self._variant(signature, (args, kwargs))
+        if variant.compiled is None or variant.info is None:
+            return self._run_eager(args, kwargs)
+        tensors = bind(signature, variant.info, args, kwargs)
+        return variant.info.output.build(variant.compiled(*tensors))
+
+    forward = __call__
+
+    def warmup(self) -> None:
+        """Runs once on a tiny input, so that memory is touched and lazily loaded code is in place."""
+        for signature, variant in self.variants.items():
+            if variant.compiled is not None and variant.info is not None:
+                variant.compiled(*bind(signature, variant.info, *signature.example()))
+
+    def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._fallbacks.calls += 1
+        self._fallbacks.fallbacks += 1
+        with torch.no_grad():
+            return self.model(*args, **kwargs)
+
+    def _variant(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
+        with self._lock:
+            if signature not in self._variants:
+                self._variants[signature] = self._compile(signature, example)
+            return self._variants[signature]
+
+    def _compile(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
+        from tilewright.driver.compile import compile_graph
+
+        if getattr(self.model, "training", False):
+            raise CaptureError(
+                "the model is in training mode",
+                why="dropout would be compiled away and the result would differ from the model's",
+                hint="call model.eval() first",
+            )
+        try:
+            gm = capture(self.model, signature, example, dtype=self.options.dtype)
+        except CaptureError as error:
+            return Variant(None, None, str(error))
+        compiled = compile_graph(gm, self.options, observers=self._observers, progress=self._progress)
+        return Variant(compiled, info(compiled.graph))
+
+    def __repr__(self) -> str:
+        return f"CompiledModel({type(self.model).__name__}, {self.options})"
