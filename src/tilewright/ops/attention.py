@@ -69,8 +69,7 @@ def _attend(
     return (weights @ v.to(weights.dtype)).to(q.dtype)
 
 
-@torch.library.custom_op("tilewright::attention", mutates_args=())
-def attention(
+def attention_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -106,13 +105,15 @@ def attention(
     return _attend(q, k, v, allowed, bias, sinks, scale, softcap).transpose(1, 2).contiguous()
 
 
+attention = torch.library.custom_op("tilewright::attention", attention_reference, mutates_args=())
+
+
 @attention.register_fake
 def _attention_fake(q, k, v, valid, bias, sinks, scale, causal, window_left, window_right, softcap):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
-@torch.library.custom_op("tilewright::attention_packed", mutates_args=())
-def attention_packed(
+def attention_packed_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -147,7 +148,7 @@ def attention_packed(
     """
     tokens, batch = q.shape[0], cu_seqlens.shape[0] - 1
     rows = torch.arange(tokens, device=q.device)
-    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)
+    sequence = (rows[:, None] >= cu_seqlens[None, 1:]).sum(dim=1)
     place = sequence * max_seqlen + slots.long()
     is_key = (rows >= key_start[sequence]) & (rows < key_start[sequence] + seqlens_k[sequence])
 
@@ -156,10 +157,13 @@ def attention_packed(
         return flat.view(batch, max_seqlen, *x.shape[1:]).transpose(1, 2)
 
     valid = is_key.new_zeros(batch * max_seqlen).index_put((place,), is_key).view(batch, max_seqlen)
-    out = attention(
+    out = attention_reference(
         padded(q), padded(k), padded(v), valid, bias, sinks, scale, causal, window_left, window_right, softcap
     )
     return out.reshape(batch * max_seqlen, q.shape[1], v.shape[2])[place]
+
+
+attention_packed = torch.library.custom_op("tilewright::attention_packed", attention_packed_reference, mutates_args=())
 
 
 @attention_packed.register_fake
@@ -167,5 +171,5 @@ def _attention_packed_fake(q, k, v, *args):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
-register(torch.ops.tilewright.attention.default, Traits(Flow.ATTENTION))
-register(torch.ops.tilewright.attention_packed.default, Traits(Flow.ATTENTION))
+register(torch.ops.tilewright.attention.default, Traits(Flow.ATTENTION), attention_reference)
+register(torch.ops.tilewright.attention_packed.default, Traits(Flow.ATTENTION), attention_packed_reference)

@@ -11,8 +11,7 @@ from tilewright.ops.registry import register
 from tilewright.ops.traits import Flow, Traits
 
 
-@torch.library.custom_op("tilewright::pack_index", mutates_args=())
-def pack_index(valid: Tensor, keep_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def pack_index_reference(valid: Tensor, keep_first: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The row index of a batch.
 
     Args:
@@ -39,6 +38,9 @@ def pack_index(valid: Tensor, keep_first: bool) -> tuple[Tensor, Tensor, Tensor,
     return row_index.to(torch.int32), (row_index % length).to(torch.int32), cu_seqlens, key_start, seqlens_k
 
 
+pack_index = torch.library.custom_op("tilewright::pack_index", pack_index_reference, mutates_args=())
+
+
 @pack_index.register_fake
 def _pack_index_fake(valid, keep_first):  # type: ignore[no-untyped-def]
     tokens = torch.library.get_ctx().new_dynamic_size()
@@ -49,10 +51,12 @@ def _pack_index_fake(valid, keep_first):  # type: ignore[no-untyped-def]
     return index, torch.empty_like(index), offsets, per_sequence, torch.empty_like(per_sequence)
 
 
-@torch.library.custom_op("tilewright::gather_rows", mutates_args=())
-def gather_rows(x: Tensor, row_index: Tensor) -> Tensor:
+def gather_rows_reference(x: Tensor, row_index: Tensor) -> Tensor:
     """Packs: x [B, S, ...] (any strides, so an expanded [1, S, ...] costs nothing) -> [T, ...] in the order of row_index."""
     return x.reshape(-1, *x.shape[2:])[row_index.long()].contiguous()
+
+
+gather_rows = torch.library.custom_op("tilewright::gather_rows", gather_rows_reference, mutates_args=())
 
 
 @gather_rows.register_fake
@@ -60,8 +64,7 @@ def _gather_rows_fake(x, row_index):  # type: ignore[no-untyped-def]
     return x.new_empty((row_index.shape[0], *x.shape[2:]))
 
 
-@torch.library.custom_op("tilewright::scatter_rows", mutates_args=())
-def scatter_rows(x: Tensor, row_index: Tensor, valid: Tensor) -> Tensor:
+def scatter_rows_reference(x: Tensor, row_index: Tensor, valid: Tensor) -> Tensor:
     """Rebuilds padding: x [T, ...], valid [B, S] -> [B, S, ...]; 0 at places that are not valid."""
     batch, length = valid.shape
     flat = x.new_zeros((batch * length, *x.shape[1:])).index_put((row_index.long(),), x)
@@ -69,15 +72,20 @@ def scatter_rows(x: Tensor, row_index: Tensor, valid: Tensor) -> Tensor:
     return torch.where(real, flat.view(batch, length, *x.shape[1:]), torch.zeros_like(real, dtype=x.dtype))
 
 
+scatter_rows = torch.library.custom_op("tilewright::scatter_rows", scatter_rows_reference, mutates_args=())
+
+
 @scatter_rows.register_fake
 def _scatter_rows_fake(x, row_index, valid):  # type: ignore[no-untyped-def]
     return x.new_empty((*valid.shape, *x.shape[1:]))
 
 
-@torch.library.custom_op("tilewright::first_rows", mutates_args=())
-def first_rows(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+def first_rows_reference(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Column 0 of every sequence: x [T, ...], cu_seqlens [B + 1] -> [B, ...]. Needs ``keep_first`` in the row index."""
     return x[cu_seqlens[:-1].long()].contiguous()
+
+
+first_rows = torch.library.custom_op("tilewright::first_rows", first_rows_reference, mutates_args=())
 
 
 @first_rows.register_fake
@@ -85,10 +93,10 @@ def _first_rows_fake(x, cu_seqlens):  # type: ignore[no-untyped-def]
     return x.new_empty((cu_seqlens.shape[0] - 1, *x.shape[1:]))
 
 
-for _target in (
-    torch.ops.tilewright.pack_index.default,
-    torch.ops.tilewright.gather_rows.default,
-    torch.ops.tilewright.scatter_rows.default,
-    torch.ops.tilewright.first_rows.default,
+for _op, _reference in (
+    (torch.ops.tilewright.pack_index, pack_index_reference),
+    (torch.ops.tilewright.gather_rows, gather_rows_reference),
+    (torch.ops.tilewright.scatter_rows, scatter_rows_reference),
+    (torch.ops.tilewright.first_rows, first_rows_reference),
 ):
-    register(_target, Traits(Flow.PACKING))
+    register(_op.default, Traits(Flow.PACKING), _reference)

@@ -16,10 +16,14 @@ from tilewright.ops.traits import Flow, Traits
 
 @dataclass(frozen=True)
 class OpSpec:
-    """A registered op: the overload fx calls, and its traits."""
+    """A registered op: the overload fx calls, its traits, and its definition in plain torch.
+
+    ``reference`` can be traced through (for export); for ATen's own ops it is the op itself.
+    """
 
     target: Callable[..., Any]
     traits: Traits
+    reference: Callable[..., Any]
 
     @property
     def name(self) -> str:
@@ -30,13 +34,14 @@ class OpSpec:
 _registry: dict[Any, OpSpec] = {}
 
 
-def register(target: Callable[..., Any], traits: Traits) -> OpSpec:
+def register(target: Callable[..., Any], traits: Traits, reference: Callable[..., Any] | None = None) -> OpSpec:
     """Declares the traits of an op; after this, passes and codegen handle it.
 
     Args:
         target: an ``OpOverload``, e.g. ``torch.ops.mylib.squared_relu.default``. Its eager implementation is the native
             reference.
         traits: how its axes flow and how Triton writes it.
+        reference: the same computation in plain torch, where the op's own implementation cannot be traced through.
 
     Raises:
         OptionError: the op is registered with other traits already, or a trait does not fit the flow.
@@ -45,7 +50,7 @@ def register(target: Callable[..., Any], traits: Traits) -> OpSpec:
         raise OptionError(
             f"op {target}: a Triton expression goes with flow POINTWISE", why=f"its flow is {traits.flow}"
         )
-    spec = OpSpec(target, traits)
+    spec = OpSpec(target, traits, reference or target)
     if _registry.setdefault(target, spec) != spec:
         raise OptionError(f"op {target} is registered already with other traits", why=f"{_registry[target].traits}")
     return spec
