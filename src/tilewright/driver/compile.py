@@ -67,13 +67,15 @@ def compile(
         dtype: compute and weight dtype; None keeps the model's own.
         opt_level: 0 captures, normalizes and runs reference kernels (the oracle); 1 adds packing; 2 adds fusion and
             measured GEMM tables; 3 tunes longer.
-        unpad: "auto" removes padding where it is legal and records why where not; "on" refuses instead of padding; "off".
+        unpad: "auto" removes padding where it is legal and records why where not; "on" refuses instead of padding;
+            "off".
         target: "cpu", or "auto", which is the CPU in this version.
         gemm: "auto" chooses per GEMM and row count; "triton" or "vendor" uses one alone.
         cache_dir: where kernels and tables are kept; default: the user's cache folder.
 
     Returns:
-        A callable that takes what the model takes and returns the same output class with the same fields. Masked positions of
+        A callable that takes what the model takes and returns the same output class with the same fields. Masked
+        positions of
         per-token outputs are 0.
 
     Raises:

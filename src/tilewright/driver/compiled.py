@@ -32,7 +32,8 @@ class Variant:
 class CompiledModel:
     """A model compiled by ``tilewright.compile``.
 
-    Which tensor arguments a call gives, and the values of its other arguments, select a variant. The usual one is compiled at
+    Which tensor arguments a call gives, and the values of its other arguments, select a variant. The usual one is
+    compiled at
     once; another is compiled at its first call. Batch size and length never are a reason to compile.
 
     Attributes:

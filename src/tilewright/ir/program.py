@@ -124,7 +124,7 @@ class EagerStep:
 
 @dataclass(frozen=True)
 class ReadTokens:
-    """Reads the number of packed rows T: element ``offset`` of the int32 value ``view``, once the steps before are done.
+    """Reads the number of packed rows T: the first element of the int32 ``view``, once the steps before are done.
 
     ``rows_padded`` is the number of rows a padded run computes (B * S); kept for the statistics.
     """
@@ -179,7 +179,8 @@ class ProgramSpec:
         values: all values, in the order of their index.
         weights: by key.
         steps: in order of execution.
-        outputs: indices of the values returned, in the order of the graph's outputs. An output may be an INPUT or WEIGHT
+        outputs: indices of the values returned, in the order of the graph's outputs. An output may be an INPUT or
+            WEIGHT
             value when the graph returns one unchanged.
     """
 

@@ -1,6 +1,7 @@
 """Traits of the ATen ops that a normalized graph may contain.
 
-The semantic ops linear, embedding, layer_norm, rms_norm and the activations are ATen's own; only what ATen lacks has an op in
+The semantic ops linear, embedding, layer_norm, rms_norm and the activations are ATen's own; only what ATen lacks has
+an op in
 the ``tilewright`` namespace. In Triton expressions ``tanh`` is a helper that codegen adds to the kernel's module.
 """
 

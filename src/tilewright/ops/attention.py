@@ -1,6 +1,7 @@
 """The attention ops: one for padded tensors, one for packed tokens. Their eager code here is their definition.
 
-Shapes use B batch, S padded length (of queries; Sk of keys), T packed tokens, Hq query heads, Hkv key heads (Hq a multiple of
+Shapes use B batch, S padded length (of queries; Sk of keys), T packed tokens, Hq query heads, Hkv key heads (Hq a
+multiple of
 Hkv), D head size, Dv value head size.
 """
 

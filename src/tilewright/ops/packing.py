@@ -1,7 +1,7 @@
 """The packing ops: row index, gather of padded rows, scatter back, and one column of each sequence.
 
-Packed row t stands for the padded place (b, i) = (row_index[t] // S, row_index[t] % S). Source: ByteTransformer's offsets,
-pack and unpack kernels; here the index is computed once per call for the whole model.
+Packed row t stands for the padded place (b, i) = (row_index[t] // S, row_index[t] % S). Source: the offsets, pack
+and unpack kernels of ByteTransformer; here the index is computed once per call for the whole model.
 """
 
 import torch
@@ -52,7 +52,7 @@ def _pack_index_fake(valid, keep_first):  # type: ignore[no-untyped-def]
 
 
 def gather_rows_reference(x: Tensor, row_index: Tensor) -> Tensor:
-    """Packs: x [B, S, ...] (any strides, so an expanded [1, S, ...] costs nothing) -> [T, ...] in the order of row_index."""
+    """Packs: x [B, S, ...] (an expanded [1, S, ...] costs nothing) -> [T, ...] in the order of row_index."""
     return x.reshape(-1, *x.shape[2:])[row_index.long()].contiguous()
 
 

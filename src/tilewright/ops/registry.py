@@ -1,6 +1,7 @@
 """The op registry: which ops a normalized graph may contain, their traits and their native references.
 
-The native reference of an op is the op itself called eagerly (``tilewright::`` ops are written in plain torch); it defines
+The native reference of an op is the op itself called eagerly (``tilewright::`` ops are written in plain torch); it
+defines
 the op, and ``opt_level=0`` runs it.
 """
 

@@ -30,8 +30,10 @@ class Traits:
 
     Attributes:
         flow: how axes flow.
-        triton: for POINTWISE ops, a Triton expression with ``{0}``, ``{1}`` for tensor or scalar operands in order, computed
-            in the compute dtype (fp32 for half types), e.g. ``"tl.maximum({0}, 0.0)"``. None: no kernel is emitted and the
+        triton: for POINTWISE ops, a Triton expression with ``{0}``, ``{1}`` for tensor or scalar operands in order,
+            computed
+            in the compute dtype (fp32 for half types), e.g. ``"tl.maximum({0}, 0.0)"``. None: no kernel is emitted
+            and the
             op runs eager.
         axes_arg: for REDUCE, position of the argument that names the axes.
         reduce: for REDUCE, "sum", "mean", "max", "min", "any", "all".
