@@ -59,15 +59,16 @@ class Launcher:
     """
 
     def __init__(self) -> None:
-        self._code = jit.load(_object_code(), "run_steps", "run_kernel", "parallel", "thread_limit")
-        grid = (ctypes.c_int32,) * 3
-        pointer = ctypes.c_void_p
-        self.run_steps = ctypes.CFUNCTYPE(None, pointer, ctypes.c_int64, ctypes.c_int32)(self._code["run_steps"])
-        self.run_kernel = ctypes.CFUNCTYPE(None, pointer, pointer, *grid, ctypes.c_int32)(self._code["run_kernel"])
-        self._thread_limit = ctypes.c_int32.from_address(self._code["thread_limit"])
+        code = jit.load(_object_code(), "run_steps", "run_kernel", "parallel", "thread_limit")
+        pointer, count, grid = ctypes.c_void_p, ctypes.c_int64, (ctypes.c_int32,) * 3
+        self.run_steps = ctypes.CFUNCTYPE(None, pointer, count, ctypes.c_int32)(code["run_steps"])
+        self.run_kernel = ctypes.CFUNCTYPE(None, pointer, pointer, *grid, ctypes.c_int32)(code["run_kernel"])
+        # The functions outlive the launcher in whoever keeps them, and so must their code.
+        self.run_steps.code = self.run_kernel.code = code
+        self._thread_limit = ctypes.c_int32.from_address(code["thread_limit"])
         if _forked:
             self.limit_threads(1)
-        ctypes.c_void_p.from_address(self._code["parallel"]).value = _find_openmp_parallel()
+        ctypes.c_void_p.from_address(code["parallel"]).value = _find_openmp_parallel()
 
     def limit_threads(self, limit: int) -> None:
         """Caps the threads of every later launch, whatever a step list was prepared with."""
