@@ -1,5 +1,7 @@
 """Collects the values and weights of a program while its steps are emitted."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
     """Shape of a weight [N, K] after a load-time layout (names: ``tilewright.ir.program.Weight``).
 
     Returns:
-        "as_is" and "vendor": unchanged (the vendor's own form is opaque); "kn": [K, N]; "panels:P": [ceil(N / P), K, P].
+        "as_is" and "vendor": unchanged (the vendor's own form is opaque); "kn": [K, N]; "panels:P": [ceil(N/P), K, P].
 
     Raises:
         CodegenError: the layout is unknown, or the weight is not a matrix.
@@ -24,7 +26,7 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
         return (shape[1], shape[0])
     if len(shape) == 2 and name == "panels" and width.isdigit() and int(width) > 0:
         return (ceil_div(shape[0], int(width)), shape[1], int(width))
-    raise CodegenError(f"no layout '{layout}' for a weight of shape {shape}", hint="as_is, kn, panels:<width> or vendor")
+    raise CodegenError(f"no layout '{layout}' for a weight of shape {shape}", hint="as_is, kn, panels:<n> or vendor")
 
 
 class ProgramBuilder:
@@ -63,10 +65,16 @@ class ProgramBuilder:
         known = self._layouts.get((key, "as_is"))
         if known is not None:
             return known
-        index = self.new_value(key, Storage.WEIGHT, tensor.dtype, tuple(tensor.shape), key)
-        self.weights[key] = Weight(tensor)
+        index = self._new_weight_value(key, Weight(tensor), tuple(tensor.shape))
         self._layouts[(key, "as_is")] = index
         self._origin_key[index] = key
+        return index
+
+    def _new_weight_value(self, name: str, weight: Weight, shape: tuple[Size, ...]) -> int:
+        index = self.new_value(name, Storage.WEIGHT, weight.tensor.dtype, shape)
+        unique = self.values[index].name
+        self.values[index] = replace(self.values[index], source=unique)
+        self.weights[unique] = weight
         return index
 
     def weight_layout(self, value_index: int, layout: str) -> int:
@@ -83,14 +91,25 @@ class ProgramBuilder:
         known = self._layouts.get((key, layout))
         if known is not None:
             return known
-        tensor = self.weights[key].tensor
-        name = f"{key}:{layout}"
+        tensor = self.weights[self.values[value_index].name].tensor
         shape = laid_out_shape(tuple(tensor.shape), layout)
-        index = self.new_value(name, Storage.WEIGHT, tensor.dtype, shape, name)
-        self.weights[name] = Weight(tensor, layout)
+        index = self._new_weight_value(f"{key}:{layout}", Weight(tensor, layout), shape)
         self._layouts[(key, layout)] = index
         self._origin_key[index] = key
         return index
+
+    def checkpoint(self) -> int:
+        """A mark for ``rollback``."""
+        return len(self.values)
+
+    def rollback(self, mark: int) -> None:
+        """Forgets the values added since ``mark``; for a region whose emission failed half-way."""
+        for value in self.values[mark:]:
+            self._names.discard(value.name)
+            self._origin_key.pop(value.index, None)
+            self.weights.pop(value.name, None)
+        self._layouts = {key: index for key, index in self._layouts.items() if index < mark}
+        del self.values[mark:]
 
     def scratch(self, name: str, dtype: torch.dtype, shape: tuple[Size, ...]) -> View:
         """A new contiguous value in the arena, as a view of all of it."""

@@ -46,6 +46,32 @@ class Region:
 
 
 @dataclass(frozen=True)
+class RegionTag:
+    """Fact on each node that will be inside a region, set by the analysis and used up when regions are outlined.
+
+    Attributes:
+        region: number of the region, in an order in which regions can run.
+        record: the ``Region`` fact to be, on the region's first node only.
+    """
+
+    region: int
+    record: Region | None = None
+
+
+@dataclass(frozen=True)
+class CopyBefore:
+    """Fact on a node: some of its tensor operands must first be copied to contiguous memory.
+
+    Attributes:
+        operands: positions in the node's ``all_input_nodes``.
+        why: the reason, in a sentence a user can read.
+    """
+
+    operands: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True)
 class GemmTable:
     """Fact on a GEMM region from the specialized level on: a variant for every row count, once.
 
