@@ -64,8 +64,11 @@ class Reason:
 
 
 def set_fact(node: Node, record: Any) -> None:
-    """Stores ``record`` under its class, replacing an earlier one."""
-    node.meta.setdefault(_KEY, {})[type(record)] = record
+    """Stores ``record`` under its class, replacing an earlier one.
+
+    The table is replaced, never changed: fx copies ``meta`` shallowly, so copies of a graph share it.
+    """
+    node.meta[_KEY] = {**node.meta.get(_KEY, {}), type(record): record}
 
 
 def find_fact(node: Node, kind: type[FactT]) -> FactT | None:
@@ -99,7 +102,7 @@ def all_facts(node: Node) -> list[Any]:
 
 def drop_fact(node: Node, kind: type) -> None:
     """Removes the fact of that kind, if any."""
-    node.meta.get(_KEY, {}).pop(kind, None)
+    node.meta[_KEY] = {owner: record for owner, record in node.meta.get(_KEY, {}).items() if owner is not kind}
 
 
 def copy_origin(source: Node, target: Node, made_by: str) -> None:

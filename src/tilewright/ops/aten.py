@@ -15,8 +15,18 @@ from tilewright.ops.traits import Flow, Traits
 aten = torch.ops.aten
 
 
-def _pointwise(target: object, triton: str, *, zero_preserving: bool = False) -> None:
-    register(target, Traits(Flow.POINTWISE, triton=triton, zero_preserving=zero_preserving))  # type: ignore[arg-type]
+def _pointwise(
+    target: object,
+    triton: str,
+    *,
+    zero_preserving: bool = False,
+    absorbs_zero: bool = False,
+    choose: tuple[int, int, int] | None = None,
+) -> None:
+    traits = Traits(
+        Flow.POINTWISE, triton=triton, zero_preserving=zero_preserving, absorbs_zero=absorbs_zero, choose=choose
+    )
+    register(target, traits)  # type: ignore[arg-type]
 
 
 _UNARY = {
@@ -67,10 +77,11 @@ _BINARY = {
 
 for _target, (_text, _zero) in _UNARY.items():
     _pointwise(_target, _text, zero_preserving=_zero)
+_ABSORBS_ZERO = (aten.mul.Tensor, aten.logical_and.default, aten.bitwise_and.Tensor)
 for _target, _text in _BINARY.items():
-    _pointwise(_target, _text)
-_pointwise(aten.where.self, "tl.where({0}, {1}, {2})")
-_pointwise(aten.masked_fill.Scalar, "tl.where({1}, {2}, {0})")
+    _pointwise(_target, _text, absorbs_zero=_target in _ABSORBS_ZERO)
+_pointwise(aten.where.self, "tl.where({0}, {1}, {2})", choose=(0, 1, 2))
+_pointwise(aten.masked_fill.Scalar, "tl.where({1}, {2}, {0})", choose=(1, 2, 0))
 _pointwise(aten.pow.Tensor_Scalar, "pow_scalar({0}, {1})")
 # The second operand of gelu is the string "none" (erf form) or "tanh".
 _pointwise(aten.gelu.default, "gelu({0}, {1})", zero_preserving=True)
@@ -78,8 +89,10 @@ _pointwise(aten.clamp.default, "clamp({0}, {1}, {2})")
 # The conversion itself; the emitter casts to the node's dtype.
 _pointwise(torch.ops.prims.convert_element_type.default, "{0}", zero_preserving=True)
 
-for _target in (aten.layer_norm.default, aten.rms_norm.default, aten.softmax.int, aten.cumsum.default):
-    register(_target, Traits(Flow.LAST_AXIS))
+for _target in (aten.layer_norm.default, aten.rms_norm.default):
+    register(_target, Traits(Flow.LAST_AXIS, shape_arg=1))
+for _target in (aten.softmax.int, aten.cumsum.default):
+    register(_target, Traits(Flow.LAST_AXIS, axes_arg=1))
 register(aten.linear.default, Traits(Flow.CONTRACT))
 register(aten.embedding.default, Traits(Flow.LOOKUP))
 

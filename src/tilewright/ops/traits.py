@@ -35,15 +35,21 @@ class Traits:
             in the compute dtype (fp32 for half types), e.g. ``"tl.maximum({0}, 0.0)"``. None: no kernel is emitted
             and the
             op runs eager.
-        axes_arg: for REDUCE, position of the argument that names the axes.
+        axes_arg: position of the argument that names the axes worked on (REDUCE; LAST_AXIS ops that take an axis).
+        shape_arg: for LAST_AXIS, position of the argument that lists the sizes of the trailing axes worked on.
         reduce: for REDUCE, "sum", "mean", "max", "min", "any", "all".
         zero_preserving: f(0) = 0 for a pointwise op of one tensor.
+        absorbs_zero: for POINTWISE, one operand that is 0 makes the result 0, whatever finite value the others have.
+        choose: for POINTWISE, (condition, value where it holds, value where not) as positions of arguments.
         why_not: for OTHER, why nothing more is promised; shown to the user.
     """
 
     flow: Flow
     triton: str | None = None
     axes_arg: int | None = None
+    shape_arg: int | None = None
     reduce: str | None = None
     zero_preserving: bool = False
+    absorbs_zero: bool = False
+    choose: tuple[int, int, int] | None = None
     why_not: str = ""
