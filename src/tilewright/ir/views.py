@@ -1,6 +1,7 @@
 """Strides of values through views: which views are free, and which need a copy.
 
-Inputs, weights and the results of computing ops are contiguous. A free view only changes shape, strides and offset. Sizes are
+Inputs, weights and the results of computing ops are contiguous. A free view only changes shape, strides and offset.
+Sizes are
 sympy expressions, so two sizes count as equal only when their difference simplifies to zero.
 """
 

@@ -1,0 +1,87 @@
+"""Opens what a user names: a local folder, a hub name, or a file."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tilewright.errors import InputError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with its tokenizer, if it has one.
+
+    Attributes:
+        model: in eval mode.
+        tokenizer: None when the folder has none.
+        folder: where it came from on disk; None for a hub name.
+        note: what a user should know, e.g. that the weights are random.
+    """
+
+    model: Any
+    tokenizer: Any | None
+    folder: Path | None
+    note: str = ""
+
+
+def load_model(name: str) -> Loaded:
+    """Opens a model.
+
+    Args:
+        name: a folder that ``transformers`` opens; a ``.safetensors`` file in such a folder; a ``config.json`` file,
+            which gives the
+            architecture with random weights; or a name on the model hub.
+
+    Raises:
+        InputError: nothing is there, or transformers cannot open it.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.suffix == ".json" and path.is_file():
+            return _from_config(path)
+        if path.suffix == ".safetensors" and path.is_file():
+            return _from_pretrained(str(path.parent), path.parent)
+        if path.exists() and not path.is_dir():
+            raise InputError(f"cannot open {path}", why=f"a {path.suffix or 'plain'} file is not a model", hint=_HINT)
+        if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            raise InputError(f"there is no {path}", hint=_HINT)
+        return _from_pretrained(name, path if path.is_dir() else None)
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot open the model '{name}'", why=str(error).splitlines()[0], hint=_HINT) from error
+
+
+_HINT = "name a folder with config.json and weights, a config.json (random weights), or a hub name"
+
+
+def _model_class(config: Any) -> Any:
+    import transformers
+
+    for architecture in config.architectures or ():
+        if hasattr(transformers, architecture):
+            return getattr(transformers, architecture)
+    return transformers.AutoModel
+
+
+def _from_pretrained(name: str, folder: Path | None) -> Loaded:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    model = _model_class(config).from_pretrained(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None
+    return Loaded(model.eval(), tokenizer, folder)
+
+
+def _from_config(path: Path) -> Loaded:
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(str(path))
+    torch.manual_seed(0)
+    cls = _model_class(config)
+    model = cls.from_config(config) if cls is transformers.AutoModel else cls(config)
+    return Loaded(model.eval(), None, path.parent, note="random weights: a config has none")
