@@ -83,8 +83,7 @@ def read_lines(path: Path) -> list[str]:
     try:
         return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}", why=str(error), hint="give a UTF-8 text file, one text a line") from
-        None
+        raise InputError(f"cannot read {path}", why=str(error), hint="give UTF-8 text, one text a line") from None
 
 
 def run_texts(
@@ -133,9 +132,7 @@ class Inspection:
     kernels: dict[str, str]
 
 
-def inspect_model(
-    name: str, opt_level: int, unpad: str, gemm: str, dtype: str | None, *, quiet: bool
-) -> Inspection:
+def inspect_model(name: str, opt_level: int, unpad: str, gemm: str, dtype: str | None, *, quiet: bool) -> Inspection:
     """Compiles with an observer that keeps each pass's diff."""
     loaded = load_model(name)
     diffs = GraphDiffs()
@@ -147,9 +144,7 @@ def inspect_model(
     return Inspection(records, tuple(diffs.texts), compiled, {source.name: source.text for source in sources})
 
 
-def export_model(
-    name: str, file_format: str, level: str, out_file: Path | None, unpad: str, dtype: str | None
-) -> Path:
+def export_model(name: str, file_format: str, level: str, out_file: Path | None, unpad: str, dtype: str | None) -> Path:
     """Brings the model to the level and writes it.
 
     Raises:

@@ -41,7 +41,8 @@ def save(compiled: CompiledModel, folder: str | Path) -> Path:
     Raises:
         ArtifactError: nothing was compiled, the model runs eager, or the folder holds other files.
     """
-    variants = [(s, v) for s, v in compiled.variants.items() if v.compiled is not None and v.compiled.spec is not None]
+    made = [(signature, variant.compiled) for signature, variant in compiled.variants.items()]
+    variants = [(signature, graph) for signature, graph in made if graph is not None and graph.spec is not None]
     if not variants:
         why = "; ".join(compiled.reasons.values()) or "it has not been called yet, or opt_level is 0"
         raise ArtifactError("there is no compiled program to save", why=why, hint="call the model once, then save it")
@@ -59,14 +60,12 @@ def save(compiled: CompiledModel, folder: str | Path) -> Path:
     return target
 
 
-def _write(compiled: CompiledModel, variants: list[tuple[CallSignature, Variant]], folder: Path) -> None:
+def _write(compiled: CompiledModel, variants: list[tuple[CallSignature, CompiledGraph]], folder: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     graphs, kernels = [], {}
-    for signature, variant in variants:
-        assert variant.compiled is not None and variant.compiled.spec is not None
-        graph = graph_to_json(variant.compiled.graph, tensors)
-        graphs.append({"signature": signature.to_json(), **graph})
-        for source in distinct_sources(variant.compiled.spec):
+    for signature, made in variants:
+        graphs.append({"signature": signature.to_json(), **graph_to_json(made.graph, tensors)})
+        for source in distinct_sources(made.spec) if made.spec else ():
             kernels[f"kernels/{source.name}.py"] = source.text
     (folder / "kernels").mkdir()
     for name, text in kernels.items():

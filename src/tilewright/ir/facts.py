@@ -46,7 +46,7 @@ class Origin:
     """Where a node comes from.
 
     Attributes:
-        source: Python line of the model with its code, e.g. ``modeling_bert.py:292 hidden_states = self.LayerNorm(..)``.
+        source: Python line of the model with its code, e.g. ``modeling_bert.py:292 hidden_states = self.LayerNorm(.)``.
         module: path of the module that ran it, e.g. ``encoder.layer.0.attention.output``.
         made_by: the pass that made the node; "capture" for nodes of the model.
     """

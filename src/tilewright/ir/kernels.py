@@ -16,6 +16,8 @@ class KernelSource:
             pointer that is always a multiple of 16 bytes is written ``*fp32:16``.
         constexprs: compile-time parameters and their values.
         num_warps, num_stages: launch options that matter on GPUs.
+        origin: for readers, which nodes and source lines of the model it computes, a line each. No part of the identity:
+            regions of equal structure have equal kernels wherever they stand in the model.
     """
 
     name: str
@@ -25,6 +27,12 @@ class KernelSource:
     constexprs: tuple[tuple[str, int | float | bool | str], ...] = ()
     num_warps: int = 4
     num_stages: int = 1
+    origin: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def readable(self) -> str:
+        """The text with a comment that says what it computes in the model."""
+        return "".join(f"# {line}\n" for line in self.origin) + self.text
 
 
 @dataclass(frozen=True)

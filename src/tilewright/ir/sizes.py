@@ -52,6 +52,14 @@ class _Printer(PythonCodePrinter):
         raise ValueError(f"size expression has a fraction outside floor: {expr}")
 
 
+_PRINTER = _Printer({"fully_qualified_modules": False})
+
+
+def size_text(size: Size) -> str:
+    """The size as Python integer arithmetic over the names of its symbols; kernels and reports print it."""
+    return str(size) if isinstance(size, int) else str(_PRINTER.doprint(sympy.sympify(size)))
+
+
 def compile_sizes(symbols: Sequence[sympy.Symbol], sizes: Sequence[Size]) -> Callable[..., tuple[int, ...]]:
     """One Python function that evaluates all ``sizes`` at once.
 
@@ -68,8 +76,7 @@ def compile_sizes(symbols: Sequence[sympy.Symbol], sizes: Sequence[Size]) -> Cal
     unknown = {s for size in sizes for s in getattr(size, "free_symbols", ())} - set(symbols)
     if unknown:
         raise KeyError(f"sizes use unknown symbols: {sorted(map(str, unknown))}")
-    printer = _Printer({"fully_qualified_modules": False})
-    body = ", ".join(str(s) if isinstance(s, int) else printer.doprint(sympy.sympify(s)) for s in sizes)
+    body = ", ".join(size_text(s) for s in sizes)
     names = ", ".join(str(s) for s in symbols)
     namespace: dict[str, Any] = {"max": max, "min": min}
     exec(f"def sizes({names}):\n    return ({body}{',' if len(sizes) == 1 else ''})", namespace)
