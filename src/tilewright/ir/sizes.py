@@ -4,12 +4,12 @@ Shapes, strides, offsets and grids are all written in these; a run evaluates the
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 from sympy.printing.pycode import PythonCodePrinter
 
-Size = sympy.Expr | int
+Size: TypeAlias = sympy.Expr | int
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 SEQ = sympy.Symbol("S", integer=True, positive=True)
