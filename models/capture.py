@@ -1,0 +1,209 @@
+"""Capture: a model becomes a graph at level exported."""
+
+import copy
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from tilewright.errors import CaptureError
+from tilewright.ir.graph import update_info
+from tilewright.models.export import example_sizes, graph_of, run_export
+from tilewright.models.inputs import (
+    CallSignature,
+    TensorArgument,
+    forward_parameters,
+    implied_inputs,
+    implied_statics,
+    name_arguments,
+    signature_of,
+)
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+
+
+def default_signature(model: Any) -> CallSignature | None:
+    """The usual call of a transformers text model, ``model(input_ids, attention_mask)``; None where unknown."""
+    if not _is_pretrained(model) or "input_ids" not in forward_parameters(model).names or not implied_inputs(model):
+        return None
+    return signature_of(model, (), {"input_ids": torch.zeros((1, 1), dtype=torch.int64)})
+
+
+def capture(
+    model: Any,
+    signature: CallSignature | None = None,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    name: str | None = None,
+) -> GraphModule:
+    """Traces a model with symbolic batch B and length S. The model is not changed.
+
+    Args:
+        model: a transformers ``PreTrainedModel``, any ``nn.Module``, or an ``ExportedProgram``; in eval mode.
+        signature: how it will be called; None for the usual call of a transformers model, or the call of ``example``.
+        example: (args, kwargs) of such a call. Needed unless all tensors of the signature are ids or masks. Its sizes
+            do not matter: it is stretched to sizes that cannot be confused with the model's.
+        dtype: compute and weight dtype; a copy of the floating-point weights is made, buffers the model computes for
+            itself (rotary frequencies) keep their precision. None keeps the model's tensors, shared with it.
+        name: for messages; None for the class name.
+
+    Returns:
+        A graph at level exported.
+
+    Raises:
+        CaptureError: the model is in training mode or cannot be traced; says where and why.
+    """
+    name = name or type(model).__name__
+    if isinstance(model, ExportedProgram):
+        return _capture_program(model, dtype, name)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}", hint="give a torch.nn.Module or an ExportedProgram"
+        )
+    if model.training:
+        raise CaptureError(
+            "the model is in training mode",
+            why="dropout would be compiled away and the result would differ from the model's",
+            hint="call model.eval() first",
+        )
+    if signature is None:
+        signature = signature_of(model, *example) if example is not None else default_signature(model)
+    if signature is None:
+        raise CaptureError(
+            f"the inputs of {name} are not known", hint="give example inputs, or call the compiled model"
+        )
+    if signature.obstacle:
+        raise CaptureError(f"this call of {name} cannot be captured", why=signature.obstacle, hint="it runs as it was")
+    source = model if dtype is None else cast_copy(model, dtype)
+    gm, tried = _trace(source, signature, example, name)
+    return _with_reasons(gm, tried, signature)
+
+
+def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model with floating-point weights in ``dtype``; integer tensors and computed buffers are shared."""
+    computed = {id(b) for m in model.modules() for key, b in m._buffers.items() if key in m._non_persistent_buffers_set}
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        convert = tensor.is_floating_point() and id(tensor) not in computed
+        value = tensor.detach().to(dtype) if convert else tensor.detach()
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(model, memo)
+
+
+def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) -> tuple[GraphModule, dict[str, str]]:
+    """Tries the attention hooks, then torch's own attention; returns the graph and why earlier tries failed."""
+    from tilewright.models.hooks import NAME, attention_implementation
+
+    choices: list[str | None] = [None]
+    if _is_pretrained(model):
+        choices = ["eager"] if dict(signature.statics).get("output_attentions") else [NAME, "sdpa", "eager"]
+    tried: dict[str, str] = {}
+    defaults = dict(implied_inputs(model))
+    validity = "attention_mask" if any(t.name == "attention_mask" and t.ndim == 2 for t in signature.tensors) else None
+    error: CaptureError | None = None
+    for choice in choices:
+        for stretched in (True, False):
+            args, kwargs, dynamic = example_call(model, signature, example, stretched)
+            with attention_implementation(model, choice) if choice else nullcontext():
+                try:
+                    program = run_export(model, args, kwargs, dynamic)
+                    return graph_of(program, defaults=defaults, validity=validity, name=name), tried
+                except CaptureError as caught:
+                    error = error or caught
+                    tried[f"capture with {choice or 'the example'}"] = f"{caught.what}: {caught.why}"
+            if example is None:
+                break
+    assert error is not None
+    raise error
+
+
+def example_call(
+    model: nn.Module,
+    signature: CallSignature,
+    example: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
+    stretched: bool,
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, tuple[int, ...]]]:
+    """Arguments to trace with, and the symbolic axes of each tensor by ``id``.
+
+    The batch is axis 0 of each tensor and the length axis 1 of the first with two axes or more; other axes of that
+    extent are lengths too, in axis 1 of any tensor and in the last two axes of tensors with four axes (masks).
+    ``stretched`` repeats the example along them up to the sizes of ``example_sizes``.
+
+    Raises:
+        CaptureError: a tensor cannot be made up and there is no example.
+    """
+    batch, length = example_sizes(model, _longest(model))
+    parameters = forward_parameters(model)
+    given = name_arguments(parameters, *example) if example is not None else {}
+    first = next((given[t.name] for t in signature.tensors if t.name in given and t.ndim >= 2), None)
+    extent = first.shape[1] if first is not None else length
+    made: dict[str, Tensor] = {}
+    dynamic: dict[int, tuple[int, ...]] = {}
+    for argument in signature.tensors:
+        tensor = given.get(argument.name)
+        if tensor is None:
+            tensor = _made_up(argument, first, batch, length)
+        lengths = tuple(
+            axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == extent and (axis == 1 or tensor.dim() == 4)
+        )
+        axes = (0, *lengths) if tensor.dim() else ()
+        if stretched:
+            for axis in axes:
+                wanted = batch if axis == 0 else length
+                tensor = tensor.index_select(axis, torch.arange(wanted, device=tensor.device) % tensor.shape[axis])
+        made[argument.name] = tensor.detach()
+        dynamic[id(made[argument.name])] = axes
+    statics = dict(signature.statics)
+    positional = [key for key in made if key.startswith("args_") and key not in parameters.names]
+    if not positional:
+        return (), {**made, **statics}, dynamic
+    names = [*parameters.positional, *positional]
+    return tuple(made.get(n, statics.get(n)) for n in names), {}, dynamic
+
+
+def _made_up(argument: TensorArgument, first: Tensor | None, batch: int, length: int) -> Tensor:
+    """Ids and masks can be made up: 1 is a valid id, type, position and mask value in every text model."""
+    if argument.ndim != 2 or argument.kind != "integer":
+        raise CaptureError(f"no example for argument '{argument.name}'", hint="give example inputs")
+    shape = (batch, length) if first is None else first.shape[:2]
+    return torch.ones(shape, dtype=torch.int64, device=first.device if first is not None else None)
+
+
+def _longest(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    found = [getattr(config, key, None) for key in _LENGTHS]
+    return next((n for n in found if isinstance(n, int) and n > 0), None)
+
+
+def _is_pretrained(model: Any) -> bool:
+    config = getattr(model, "config", None)
+    return isinstance(model, nn.Module) and hasattr(config, "_attn_implementation")
+
+
+def _with_reasons(gm: GraphModule, tried: Mapping[str, str], signature: CallSignature) -> GraphModule:
+    reasons = dict(tried)
+    if dict(signature.statics).get("use_cache") is False:
+        reasons["cache"] = (
+            "past_key_values are not returned: the compiled model is one forward pass over whole sequences"
+        )
+    update_info(gm, reasons=reasons)
+    return gm
+
+
+def _capture_program(program: ExportedProgram, dtype: torch.dtype | None, name: str) -> GraphModule:
+    if dtype is not None:
+        raise CaptureError("an ExportedProgram cannot be cast", hint="cast the model and export it again")
+    with torch.no_grad():
+        functional = program.run_decompositions({})
+    names = [str(n) for n in functional.graph_signature.user_inputs]
+    return graph_of(
+        functional, defaults={}, validity="attention_mask" if "attention_mask" in names else None, name=name
+    )
+
+
+__all__ = ["capture", "cast_copy", "default_signature", "example_call", "implied_statics"]

@@ -1,0 +1,256 @@
+"""From ``torch.export`` to a graph of ours: weights become attributes, sizes become B and S, nodes get their facts."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
+from torch.fx import Graph, GraphModule, Node
+
+from tilewright.errors import CaptureError
+from tilewright.ir.graph import GraphInfo, InputSpec, Level, set_info
+from tilewright.ir.infer import is_prime, size_of
+from tilewright.ir.sizes import BATCH, SEQ, Size
+from tilewright.models.bounds import find_bounds, vocabularies
+from tilewright.models.describe import describe_output, remove_dead, set_origin, set_type
+
+_WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+_INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
+
+
+def example_sizes(model: nn.Module, longest: int | None) -> tuple[int, int]:
+    """Batch and length to trace with: two primes that are no size of the model.
+
+    A size equal to one of the model's would let the tracer confuse the two; 0 and 1 would be taken for constants.
+
+    Args:
+        model: its parameters' and buffers' sizes are avoided.
+        longest: greatest length the model takes; half of it is never passed, as some models offset their positions.
+    """
+    taken = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
+    high = max(3, (longest or 254) // 2)
+    lengths = [n for n in range(min(high, 127), 1, -1) if is_prime(n) and n not in taken]
+    length = lengths[0] if lengths else high
+    batch = next(n for n in range(5, 10**6) if is_prime(n) and n not in taken and n != length)
+    return batch, length
+
+
+def run_export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Mapping[int, Any]
+) -> ExportedProgram:
+    """``torch.export`` with symbolic sizes, made functional.
+
+    Args:
+        dynamic: for ``id(tensor)``, the set of its axes that are symbolic.
+
+    Raises:
+        CaptureError: the model cannot be traced; says where torch gave up.
+    """
+    shapes = torch.export.ShapesCollection()
+    for tensor in (*args, *kwargs.values()):
+        if isinstance(tensor, Tensor):
+            shapes[tensor] = dict.fromkeys(dynamic.get(id(tensor), ()), torch.export.Dim.AUTO)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})
+    except CaptureError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be traced",
+            where=_model_line(error),
+            why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
+            hint="no Python branch may depend on the values of tensors; the model runs as it was",
+        ) from error
+    return program
+
+
+def _mutates(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _model_line(error: BaseException) -> str | None:
+    """Innermost line outside torch that the error passed through."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if "/torch/" not in code.co_filename and "tilewright" not in trace.tb_frame.f_globals.get("__name__", ""):
+            found = f"{code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno} in {code.co_name}"
+        trace = trace.tb_next
+    return found
+
+
+def graph_of(program: ExportedProgram, *, defaults: Mapping[str, str], validity: str | None, name: str) -> GraphModule:
+    """The graph of an exported program at level exported.
+
+    Args:
+        program: functional; its inputs' first axes are the batch, second axes the length where symbolic.
+        defaults: default of inputs that a caller may leave out, by name.
+        validity: name of the input that says which tokens are real.
+        name: for messages.
+
+    Raises:
+        CaptureError: a size is no function of B and S, an input is written to, or an output is no tensor.
+    """
+    kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    names = size_names(
+        n for n in program.graph.find_nodes(op="placeholder") if kinds[n.name].kind is InputKind.USER_INPUT
+    )
+    tensors: dict[str, Tensor] = {}
+    graph = Graph()
+    env: dict[Node, Any] = {}
+    inputs: list[Node] = []
+    for node in program.graph.find_nodes(op="placeholder"):
+        spec = kinds[node.name]
+        if spec.kind in _WEIGHTS:
+            env[node] = _weight(graph, program, str(spec.target), tensors)
+            env[node].meta = dict(node.meta)
+        elif isinstance(spec.arg, ConstantArgument):
+            env[node] = spec.arg.value
+        elif isinstance(spec.arg, TensorArgument):
+            env[node] = graph.placeholder(node.name)
+            env[node].meta = dict(node.meta)
+            inputs.append(env[node])
+        else:
+            raise CaptureError(
+                f"input '{node.name}' is a {type(spec.arg).__name__}", hint="pass tensors and plain values"
+            )
+    results = copy_body(program.graph_module, graph, env, tensors)
+    output, nodes = describe_output(program.call_spec.out_spec, user_results(program, results))
+    graph.output(tuple(nodes))
+    gm = GraphModule(tensors, graph, class_name="Model")
+    finish(gm, names)
+    vocab = vocabularies(gm)
+    specs = tuple(
+        InputSpec(
+            name=node.name,
+            dtype=node.meta["val"].dtype,
+            shape=tuple(size_of(s, names) for s in node.meta["val"].shape),
+            default=defaults.get(node.name),
+            validity=node.name == validity,
+            vocab=vocab.get(node.name),
+        )
+        for node in inputs
+    )
+    bounds = find_bounds(gm, _ranges(program, names))
+    set_info(gm, GraphInfo(Level.EXPORTED, specs, output, bounds, {}, name))
+    strip_meta(gm)
+    return gm
+
+
+def finish(gm: GraphModule, names: Mapping[sympy.Symbol, Size]) -> None:
+    """Removes dead nodes and sets the facts of all others from what the tracer left in ``meta``."""
+    remove_dead(gm)
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        set_type(node, node.meta.get("val"), names)
+        if node.op == "call_function":
+            set_origin(node, node.meta)
+
+
+def strip_meta(gm: GraphModule) -> None:
+    """Drops the tracer's records: facts replace them, and stale ones would mislead."""
+    for node in gm.graph.nodes:
+        for key in ("val", "tensor_meta", "nn_module_stack", "torch_fn", "from_node", "source_fn_stack"):
+            node.meta.pop(key, None)
+
+
+def size_names(inputs: Iterator[Node]) -> dict[sympy.Symbol, Size]:
+    """Our size for each of the tracer's symbols: the first axis of an input is the batch, any other the length.
+
+    Raises:
+        CaptureError: one symbol stands for both.
+    """
+    names: dict[sympy.Symbol, Size] = {}
+    for node in inputs:
+        value = node.meta.get("val")
+        for axis, size in enumerate(value.shape if isinstance(value, Tensor) else ()):
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                wanted = BATCH if axis == 0 else SEQ
+                if names.setdefault(size.node.expr, wanted) != wanted:
+                    raise CaptureError(
+                        f"axis {axis} of input '{node.name}' has the size of both the batch and the length",
+                        hint="export with a batch size that differs from the length",
+                    )
+    return names
+
+
+def _weight(graph: Graph, program: ExportedProgram, target: str, tensors: dict[str, Tensor]) -> Node:
+    value = program.state_dict.get(target)
+    value = program.constants[target] if value is None else value
+    for known, tensor in tensors.items():
+        if tensor is value or (tensor.data_ptr() == value.data_ptr() and _same_view(tensor, value)):
+            return next(n for n in graph.nodes if n.op == "get_attr" and n.target == known)
+    tensors[target] = value.detach()
+    return graph.get_attr(target)
+
+
+def _same_view(a: Tensor, b: Tensor) -> bool:
+    return a.numel() > 0 and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride()
+
+
+def copy_body(source: GraphModule, graph: Graph, env: dict[Node, Any], tensors: dict[str, Tensor]) -> list[Any]:
+    """Copies all calls of ``source`` into ``graph`` and returns what its output lists.
+
+    Regions that only switch gradients or autocast are inlined: neither means anything in a compiled forward pass.
+    """
+    for node in source.graph.nodes:
+        if node.op == "get_attr":
+            value = _attribute(source, str(node.target))
+            if isinstance(value, Tensor):
+                key = f"constant_{len(tensors)}"
+                tensors[key] = value.detach()
+                env[node] = graph.get_attr(key)
+                env[node].meta = dict(node.meta)
+            else:
+                env[node] = value
+        elif node.op == "call_function" and getattr(node.target, "__name__", "") in _INLINED:
+            args = [env[a] if isinstance(a, Node) else a for a in node.args]
+            body = next(i for i, a in enumerate(args) if isinstance(a, GraphModule))
+            inner = args[body]
+            places = inner.graph.find_nodes(op="placeholder")
+            env[node] = copy_body(inner, graph, dict(zip(places, args[body + 1 :], strict=True)), tensors)
+        elif node.op == "call_function" and isinstance(env.get(node.args[0] if node.args else None), list):
+            env[node] = env[node.args[0]][node.args[1]]
+        elif node.op == "call_function":
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        elif node.op == "output":
+            return [env[r] if isinstance(r, Node) else r for r in node.args[0]]
+    raise CaptureError("the traced graph has no output")
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def user_results(program: ExportedProgram, results: list[Any]) -> list[Any]:
+    """The results the user sees, without those that stand for writes to buffers."""
+    specs = program.graph_signature.output_specs
+    written = [s.target for s in specs if s.kind.name != "USER_OUTPUT"]
+    if written:
+        raise CaptureError(
+            "the model writes to its own state or inputs while it runs",
+            where=", ".join(map(str, written)),
+            why="a compiled model is one pure forward pass",
+            hint="turn the state off (e.g. a cache); the model runs as it was",
+        )
+    return list(results)
+
+
+def _ranges(program: ExportedProgram, names: Mapping[sympy.Symbol, Size]) -> dict[sympy.Symbol, int]:
+    """Upper bounds the tracer found, by our symbol."""
+    found: dict[sympy.Symbol, int] = {}
+    for symbol, interval in program.range_constraints.items():
+        ours = names.get(symbol)
+        if isinstance(ours, sympy.Symbol) and getattr(interval.upper, "is_Integer", False) and interval.upper < 2**40:
+            found[ours] = min(int(interval.upper), found.get(ours, 2**40))
+    return found
