@@ -11,7 +11,7 @@ from tilewright.driver.options import CompileOptions
 from tilewright.errors import CaptureError
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.models.capture import capture, default_signature
-from tilewright.models.inputs import CallSignature, bind, signature_of
+from tilewright.models.inputs import CallSignature, bind, example_inputs, signature_of
 from tilewright.runtime.stats import Stats
 
 if TYPE_CHECKING:
@@ -113,9 +113,9 @@ class CompiledModel:
 
     def warmup(self) -> None:
         """Runs once on a tiny input, so that memory is touched and lazily loaded code is in place."""
-        for signature, variant in self.variants.items():
+        for variant in self.variants.values():
             if variant.compiled is not None and variant.info is not None:
-                variant.compiled(*bind(signature, variant.info, *signature.example()))
+                variant.compiled(*example_inputs(variant.info))
 
     def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._fallbacks.calls += 1
