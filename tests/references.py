@@ -1,7 +1,7 @@
 """The error rule every numerics test uses, and small models with random weights.
 
-Rule: the largest absolute error over real tokens against eager in fp64, the maximum over the seeds, is at most twice eager's own
-maximum in the same precision, plus 1e-6 of the largest reference value.
+Rule: the largest absolute error over real tokens against eager in fp64, the maximum over the seeds, is at most twice
+eager's own maximum in the same precision, plus 1e-6 of the largest reference value.
 """
 
 import copy

@@ -1,10 +1,10 @@
-"""Wrong or unusual input: it works as eager does, falls back with a reason, or stops with a useful error. Never a silent wrong answer."""
+"""Wrong or unusual input: it works as eager does, falls back with a reason, or stops with a useful error."""
 
 import pytest
 import torch
+from references import build, masks
 
 import tilewright
-from references import build, masks
 from tilewright.errors import CaptureError, InputError, OptionError, PackingRefused, TilewrightError
 
 LENGTH = 9
@@ -24,8 +24,9 @@ def ids(batch: int = 3, length: int = LENGTH) -> torch.Tensor:
     return torch.randint(3, 99, (batch, length))
 
 
-def same_as_eager(bert: torch.nn.Module, compiled: tilewright.CompiledModel, mask: torch.Tensor, **inputs: object) ->
-None:
+def same_as_eager(
+    bert: torch.nn.Module, compiled: tilewright.CompiledModel, mask: torch.Tensor, **inputs: object
+) -> None:
     with torch.no_grad():
         expected = bert(attention_mask=mask, **inputs).last_hidden_state
     ours = compiled(attention_mask=mask, **inputs).last_hidden_state
