@@ -7,6 +7,7 @@ sympy expressions, so two sizes count as equal only when their difference simpli
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -31,7 +32,19 @@ class Strided:
 
 def same_size(a: Size, b: Size) -> bool:
     """Whether two sizes are equal for all values of their symbols, as far as can be shown."""
-    return bool(a == b or sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
+    if a == b:
+        return True
+    return not (isinstance(a, int) and isinstance(b, int)) and _difference_is_zero(a, b)
+
+
+@lru_cache(maxsize=4096)
+def _difference_is_zero(a: Size, b: Size) -> bool:
+    return bool(sympy.expand(sympy.sympify(a) - sympy.sympify(b)) == 0)
+
+
+def same_sizes(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether two shapes are equal for all values of their symbols."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
 
 
 def contiguous(shape: Sequence[Size]) -> Strided:
