@@ -1,7 +1,8 @@
 """The compiler half of the Triton backend "cpu": Triton IR to LLVM IR to native object code.
 
 Triton imports this module inside its own import (entry point ``triton.backends``), so nothing heavy is imported
-at the top. The object code goes through Triton's own cache, keyed by ``CpuBackend.hash`` and the options.
+at the top, and a module that wants this one imports triton first. The object code goes through Triton's own cache,
+keyed by ``CpuBackend.hash`` and the options.
 """
 
 import hashlib

@@ -63,7 +63,8 @@ class CpuLauncher:
         Raises:
             InputError: an argument cannot be passed, or the grid is negative or too large.
         """
-        if grid_x < 0 or grid_y < 0 or grid_z < 0 or grid_x * grid_y * grid_z > _MAX_PROGRAMS:
+        programs = grid_x * grid_y * grid_z
+        if grid_x < 0 or grid_y < 0 or grid_z < 0 or programs > _MAX_PROGRAMS:
             raise InputError(
                 f"kernel '{self._name}' cannot run on this grid",
                 why=f"the grid is ({grid_x}, {grid_y}, {grid_z})",
@@ -76,7 +77,8 @@ class CpuLauncher:
             return
         if enter_hook is not None:
             enter_hook(launch_metadata)
-        self._run_kernel(function.address, slots, grid_x, grid_y, grid_z, launch.num_threads())
+        threads = launch.num_threads() if programs > 1 else 1
+        self._run_kernel(function.address, slots, grid_x, grid_y, grid_z, threads)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 

@@ -14,9 +14,11 @@ class PreparedKernel(functools.partial):
 
     Attributes:
         launch: what is launched.
+        memory: the native records of it, which the call points to.
     """
 
     launch: Launch
+    memory: tuple[Any, ...]
 
 
 def prepare(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> PreparedKernel:
