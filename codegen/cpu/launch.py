@@ -61,10 +61,12 @@ class Launcher:
     def __init__(self) -> None:
         code = jit.load(_object_code(), "run_steps", "run_kernel", "parallel", "thread_limit")
         pointer, count, grid = ctypes.c_void_p, ctypes.c_int64, (ctypes.c_int32,) * 3
-        self.run_steps: Any = ctypes.CFUNCTYPE(None, pointer, count, ctypes.c_int32)(code["run_steps"])
-        self.run_kernel: Any = ctypes.CFUNCTYPE(None, pointer, pointer, *grid, ctypes.c_int32)(code["run_kernel"])
+        self.run_steps = ctypes.CFUNCTYPE(None, pointer, count, ctypes.c_int32)(code["run_steps"])
+        self.run_kernel = ctypes.CFUNCTYPE(None, pointer, pointer, *grid, ctypes.c_int32)(code["run_kernel"])
         # The functions outlive the launcher in whoever keeps them, and so must their code.
-        self.run_steps.code = self.run_kernel.code = code
+        functions: tuple[Any, ...] = (self.run_steps, self.run_kernel)
+        for function in functions:
+            function.code = code
         self._thread_limit = ctypes.c_int32.from_address(code["thread_limit"])
         if _forked:
             self.limit_threads(1)
