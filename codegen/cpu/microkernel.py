@@ -8,12 +8,14 @@ which each value of A is broadcast and multiplied with the vectors of one row of
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cpu.microkernel_ir import BYTES, IrText, vector
-from tilewright.codegen.cpu.microkernel_step import Step, fma_step
+from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, powers_of_two, vector
+from tilewright.codegen.cpu.microkernel_pack import Pack
+from tilewright.codegen.cpu.microkernel_step import Step, bf16_step, fma_step, int8_step, int16_step, integer_step
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import CodegenError
 
-_FLOATS = ("f64", "f32", "f16", "bf16")
+_FLOATS = ("bf16", "f16", "f32", "f64")
+_INTEGERS = ("i8", "i16", "i32")
 _CACHE_LINE = 64
 
 
@@ -23,10 +25,10 @@ class TileDot:
 
     Attributes:
         m, n, k: sizes of the tiles, each at least 1.
-        a_dtype, b_dtype: "f64", "f32", "f16", "bf16" or "i8".
-        acc_dtype: "f64", "f32" or "i32".
-        b_layout: "kn": rows of N contiguous values, the stride is that between rows of k; "vnni": groups of k
-            interleaved, ``[k / group][n][group]``, the stride is that between groups.
+        a_dtype, b_dtype: "f64", "f32", "f16", "bf16", "i8", "i16" or "i32"; signed integers.
+        acc_dtype: "f64" or "f32" for floats, "i32" for integers.
+        b_layout: "kn": rows of N contiguous values, the stride is that between rows of k; "vnni": groups of k that
+            fill 32 bits interleaved, ``[k / group][n][group]``, the stride is that between groups of k.
         a_layout: "mk": K contiguous, the stride is that between rows of m; "km": M contiguous, the stride is
             that between rows of k.
         zero_init: the accumulator starts at zero and its old contents are not read.
@@ -49,6 +51,24 @@ class TileDot:
         return f"tile_dot_{self.m}x{self.n}x{self.k}_{self.a_dtype}_{self.b_dtype}_{self.acc_dtype}_{layouts}"
 
 
+def packed_form(dtype: str, k: int, target: CpuTarget) -> tuple[str, str]:
+    """Fastest form of B on a target, for A and B of ``dtype``.
+
+    Returns:
+        ``(b_dtype, b_layout)`` for ``TileDot`` and ``PackB``. If it is ``(dtype, "kn")`` a B whose N is contiguous
+        can be read where it is. ``(dtype, "kn")`` itself is correct for every dtype, only slower.
+    """
+    if dtype == "bf16" and target.bf16_dot and k % 2 == 0:
+        return "bf16", "vnni"
+    if dtype == "i8" and target.int8_dot and k % 4 == 0:
+        return "i8", "vnni"
+    if dtype == "i8" and target.is_x86 and k % 2 == 0:
+        return "i16", "vnni"
+    if dtype in _INTEGERS:
+        return "i32", "kn"
+    return ("f64" if dtype == "f64" else "f32"), "kn"
+
+
 def tile_dot(spec: TileDot, target: CpuTarget) -> str:
     """LLVM IR text of the function ``spec.symbol`` for one target.
 
@@ -57,127 +77,179 @@ def tile_dot(spec: TileDot, target: CpuTarget) -> str:
     their elements; strides count elements.
 
     Raises:
-        CodegenError: the dtypes or the layout of B do not fit the target.
+        CodegenError: the dtypes or the layout of B do not fit one another or the target.
     """
     step = _step(spec, target)
     ir = IrText()
-    _emit_tiles(ir, spec, step, target)
+    a = _prepare_a(ir, spec, step, target)
+    _emit_tiles(ir, spec, step, a, target)
     signature = "ptr noalias %acc, ptr readonly %a, i64 %a_stride, ptr readonly %b, i64 %b_stride"
     return f"define internal void @{spec.symbol}({signature}) noinline nounwind {{\n{ir.text()}\n}}\n"
 
 
 def _step(spec: TileDot, target: CpuTarget) -> Step:
-    if spec.acc_dtype == "f32" and spec.a_dtype == "f32" and spec.b_dtype in _FLOATS[1:] and spec.b_layout == "kn":
-        return fma_step("f32", spec.b_dtype, target)
-    raise CodegenError(
-        f"no dot micro-kernel multiplies {spec.a_dtype} by {spec.b_dtype} into {spec.acc_dtype}",
-        where=spec.symbol,
-        why=f"layout {spec.b_layout} of B, vectors of {target.vector_bits} bits",
-    )
+    step = None
+    if spec.b_layout == "kn":
+        if spec.acc_dtype in ("f32", "f64") and spec.a_dtype in _FLOATS and spec.b_dtype in _FLOATS:
+            step = fma_step(spec.acc_dtype, spec.b_dtype, target)
+        elif spec.acc_dtype == "i32" and spec.a_dtype in _INTEGERS and spec.b_dtype in _INTEGERS:
+            step = integer_step(spec.b_dtype, target)
+    elif (spec.b_dtype, spec.acc_dtype) == ("bf16", "f32") and spec.a_dtype == "bf16" and target.bf16_dot:
+        step = bf16_step(target)
+    elif (spec.b_dtype, spec.acc_dtype) == ("i8", "i32") and spec.a_dtype == "i8" and target.int8_dot:
+        step = int8_step(target)
+    elif (spec.b_dtype, spec.acc_dtype) == ("i16", "i32") and spec.a_dtype in ("i8", "i16") and target.is_x86:
+        step = int16_step(target)
+    if step is None or spec.k % step.group or BYTES[spec.a_dtype] > BYTES[step.a_dtype]:
+        raise CodegenError(
+            f"no dot micro-kernel multiplies {spec.a_dtype} by {spec.b_dtype} into {spec.acc_dtype}",
+            where=spec.symbol,
+            why=f"layout {spec.b_layout} of B, k = {spec.k}, vectors of {target.vector_bits} bits",
+            hint="packed_form names the dtype and layout of B for a target",
+        )
+    return step
 
 
-def _emit_tiles(ir: IrText, spec: TileDot, step: Step, target: CpuTarget) -> None:
+@dataclass(frozen=True)
+class _TileA:
+    """A as the step reads it: the address of group g of row r is ``base + r * row + g * group`` (bytes)."""
+
+    base: str
+    row: str
+    group: str
+
+
+def _prepare_a(ir: IrText, spec: TileDot, step: Step, target: CpuTarget) -> _TileA:
+    """A in place where the step can read it, else a copy of it on the stack."""
+    stride = ir.mul("%a_stride", BYTES[spec.a_dtype])
+    rows, columns = (spec.m, spec.k) if spec.a_layout == "mk" else (spec.k, spec.m)
+    # With M contiguous, the values of a group are apart: they are interleaved as those of a "vnni" B.
+    group = step.group if spec.a_layout == "km" else 1
+    base = "%a"
+    if group > 1 or spec.a_dtype != step.a_dtype:
+        base = ir.op(f"alloca [{rows * columns} x {LLVM_TYPES[step.a_dtype]}], align {_CACHE_LINE}")
+        Pack(spec.a_dtype, step.a_dtype, group, target).rows(ir, base, "%a", stride, rows, columns)
+        stride = str(columns * group * BYTES[step.a_dtype])
+    unit = str(step.a_bytes)
+    return _TileA(base, stride, unit) if spec.a_layout == "mk" else _TileA(base, unit, stride)
+
+
+def _emit_tiles(ir: IrText, spec: TileDot, step: Step, a: _TileA, target: CpuTarget) -> None:
     rows, vectors = _block_shape(spec.m, -(-spec.n // step.lanes), target)
     width = vectors * step.lanes
     full = spec.n // width * width
-    tail = [(spec.n - full) // step.lanes * [step.lanes], _powers_of_two((spec.n - full) % step.lanes)]
 
     def panel(column: str, lanes: Sequence[int]) -> None:
-        b = ir.at("%b", ir.mul(column, step.b_bytes))
         acc = ir.at("%acc", ir.mul(column, BYTES[spec.acc_dtype]))
-        _emit_panel(ir, spec, step, rows, lanes, acc, b)
+        _emit_panel(ir, spec, step, rows, lanes, acc, a, ir.at("%b", ir.mul(column, step.b_bytes)))
 
-    def full_panel(column: str, _: list[str]) -> list[str]:
-        panel(column, [step.lanes] * vectors)
-        return []
-
-    ir.loop(full, full_panel, step=width)
+    ir.each(full, width, lambda column: panel(column, [step.lanes] * vectors))
     if full < spec.n:
-        panel(str(full), tail[0] + tail[1])
+        whole, rest = divmod(spec.n - full, step.lanes)
+        panel(str(full), [step.lanes] * whole + powers_of_two(rest))
 
 
 def _block_shape(m: int, vectors: int, target: CpuTarget) -> tuple[int, int]:
-    """Rows and vectors of the register block: accumulators, a row of B and one value of A fit the registers."""
+    """Rows and vectors of a register block: accumulators, a row of B and one value of A fit the registers."""
     if target.vector_bits == 256:
         # 16 registers: 12 accumulators, two vectors of B, two broadcasts.
         return min(m, 6), min(vectors, 2)
-    if m >= 8:
-        return 8, min(vectors, 2)
-    return m, min(vectors, 4)
+    # 32 registers. 16 accumulators hide the latency of 4 at one or two instructions a cycle; square blocks load least.
+    vectors = min(vectors, max(4, 16 // m))
+    return min(m, 16 // vectors), vectors
 
 
-def _powers_of_two(count: int) -> list[int]:
-    return [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
-
-
-def _emit_panel(ir: IrText, spec: TileDot, step: Step, rows: int, lanes: Sequence[int], acc: str, b: str) -> None:
+def _emit_panel(
+    ir: IrText, spec: TileDot, step: Step, rows: int, lanes: Sequence[int], acc: str, a: _TileA, b: str
+) -> None:
     """All rows of A times one panel of B: columns of ``sum(lanes)``, held in one register for each of ``lanes``."""
-    a_row = ir.mul("%a_stride", BYTES[spec.a_dtype]) if spec.a_layout == "mk" else str(step.a_bytes)
     acc_row = spec.n * BYTES[spec.acc_dtype]
-    full = spec.m // rows * rows
+    columns = _Columns.of(step, lanes, b, ir.mul("%b_stride", BYTES[spec.b_dtype]))
+    surplus = _emit_surplus(ir, spec, step, columns)
 
     def block(row: str, count: int) -> None:
-        _emit_block(ir, spec, step, count, lanes, ir.at(acc, ir.mul(row, acc_row)), ir.at("%a", ir.mul(row, a_row)), b)
+        part = _TileA(ir.at(a.base, ir.mul(row, a.row)), a.row, a.group)
+        _emit_block(ir, spec, step, count, ir.at(acc, ir.mul(row, acc_row)), part, columns, surplus)
 
-    def full_block(row: str, _: list[str]) -> list[str]:
-        block(row, rows)
-        return []
-
-    ir.loop(full, full_block, step=rows)
+    full = spec.m // rows * rows
+    ir.each(full, rows, lambda row: block(row, rows))
     if full < spec.m:
         block(str(full), spec.m - full)
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """A panel of B: (first column, lanes) of each register, address of its first group, bytes between groups."""
+
+    registers: tuple[tuple[int, int], ...]
+    base: str
+    group: str
+
+    @staticmethod
+    def of(step: Step, lanes: Sequence[int], base: str, group: str) -> "_Columns":
+        return _Columns(tuple((sum(lanes[:index]), width) for index, width in enumerate(lanes)), base, group)
+
+    def load(self, ir: IrText, step: Step, index: str) -> list[str]:
+        place = ir.at(self.base, ir.mul(index, self.group))
+        return [step.load_b(ir, ir.at(place, column * step.b_bytes), width) for column, width in self.registers]
+
+
+def _emit_surplus(ir: IrText, spec: TileDot, step: Step, columns: _Columns) -> list[str]:
+    """What the products of a row of A with the panel will have too much, one vector for each register of B."""
+    if step.surplus is None:
+        return []
+    add = step.surplus
+
+    def group(index: str, sums: list[str]) -> list[str]:
+        loaded = columns.load(ir, step, index)
+        return [add(ir, total, b, width) for total, b, (_, width) in zip(sums, loaded, columns.registers, strict=True)]
+
+    zeros = [(vector(step.acc, width), "zeroinitializer") for _, width in columns.registers]
+    return ir.loop(spec.k // step.group, group, zeros)
+
+
 def _emit_block(
-    ir: IrText, spec: TileDot, step: Step, rows: int, lanes: Sequence[int], acc: str, a: str, b: str
+    ir: IrText, spec: TileDot, step: Step, rows: int, acc: str, a: _TileA, columns: _Columns, surplus: Sequence[str]
 ) -> None:
     """One register block: loads its accumulators, runs the k loop, stores them."""
     size = BYTES[spec.acc_dtype]
-    offsets = [sum(lanes[:index]) for index in range(len(lanes))]
-    places = [
-        (vector(step.acc, width), ir.at(acc, (row * spec.n + offset) * size), _alignment(spec.n * size, offset * size))
-        for row in range(rows)
-        for offset, width in zip(offsets, lanes, strict=True)
+    starts = [ir.at(a.base, ir.mul(row, a.row)) for row in range(rows)]
+    cells = [
+        (row, index, column, width) for row in range(rows) for index, (column, width) in enumerate(columns.registers)
     ]
-    first = ["zeroinitializer" if spec.zero_init else ir.load(kind, place, align) for kind, place, align in places]
-    b_row = ir.mul("%b_stride", BYTES[spec.b_dtype])
-    if spec.a_layout == "mk":
-        a_stride = ir.mul("%a_stride", BYTES[spec.a_dtype])
-        a_rows = [ir.at(a, ir.mul(row, a_stride)) for row in range(rows)]
-        a_group: str | int = step.a_bytes
-    else:
-        a_rows = [ir.at(a, row * step.a_bytes) for row in range(rows)]
-        a_group = ir.mul("%a_stride", step.a_bytes)
+    places = [ir.at(acc, (row * spec.n + column) * size) for row, _, column, _ in cells]
+    aligns = [_alignment(spec.n * size, column * size) for _, _, column, _ in cells]
+    kinds = [vector(step.acc, width) for *_, width in cells]
+
+    def initial(kind: str, place: str, align: int, index: int) -> str:
+        value = "zeroinitializer" if spec.zero_init else ir.load(kind, place, align)
+        return ir.op(f"sub {kind} {value}, {surplus[index]}") if surplus else value
 
     def group(index: str, values: list[str]) -> list[str]:
-        row_b = ir.at(b, ir.mul(index, b_row))
-        loaded = [
-            step.load_b(ir, ir.at(row_b, offset * step.b_bytes), width)
-            for offset, width in zip(offsets, lanes, strict=True)
-        ]
+        b = columns.load(ir, step, index)
+        offset = ir.mul(index, a.group)
         results = []
-        for row, pointer in enumerate(a_rows):
-            place = ir.at(pointer, ir.mul(index, a_group))
-            for column, width in enumerate(lanes):
-                value = step.load_a(ir, place, width)
-                results.append(step.multiply(ir, values[row * len(lanes) + column], value, loaded[column], width))
+        for value, (row, register, _, width) in zip(values, cells, strict=True):
+            results.append(
+                step.multiply(ir, value, step.load_a(ir, ir.at(starts[row], offset), width), b[register], width)
+            )
         return results
 
     groups = spec.k // step.group
-    unroll = _unroll(groups)
+    unroll = next(count for count in (4, 2, 1) if groups % count == 0)
 
     def unrolled(index: str, values: list[str]) -> list[str]:
         for offset in range(unroll):
             values = group(ir.add(index, offset), values)
         return values
 
-    carried = [(kind, value) for (kind, _, _), value in zip(places, first, strict=True)]
-    for (kind, place, align), value in zip(places, ir.loop(groups, unrolled, carried, unroll), strict=True):
+    first = [
+        initial(kind, place, align, cell[1])
+        for kind, place, align, cell in zip(kinds, places, aligns, cells, strict=True)
+    ]
+    results = ir.loop(groups, unrolled, list(zip(kinds, first, strict=True)), unroll)
+    for kind, value, place, align in zip(kinds, results, places, aligns, strict=True):
         ir.store(kind, value, place, align)
-
-
-def _unroll(groups: int) -> int:
-    return next(count for count in (4, 2, 1) if groups % count == 0)
 
 
 def _alignment(*offsets: int) -> int:

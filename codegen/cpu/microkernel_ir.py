@@ -11,6 +11,11 @@ def vector(element: str, lanes: int) -> str:
     return f"<{lanes} x {element}>"
 
 
+def powers_of_two(count: int) -> list[int]:
+    """The falling powers of two that add up to a count."""
+    return [1 << bit for bit in reversed(range(count.bit_length())) if count >> bit & 1]
+
+
 class IrText:
     """The body of one LLVM function, written in order.
 
@@ -117,6 +122,15 @@ class IrText:
         self._enter(done)
         return results
 
+    def each(self, end: int, step: int, body: Callable[[str], None]) -> None:
+        """Loop that carries no values; ``body`` is called once with the index."""
+
+        def carrying_none(index: str, _: list[str]) -> list[str]:
+            body(index)
+            return []
+
+        self.loop(end, carrying_none, step=step)
+
     def text(self) -> str:
         """Everything written so far, with a closing ``ret void``."""
         return "\n".join([*self._lines, "  ret void"])
@@ -128,3 +142,19 @@ class IrText:
     def _enter(self, label: str) -> None:
         self._lines.append(f"{label}:")
         self._block = label
+
+
+def widen(ir: IrText, value: str, source: str, result: str, lanes: int) -> str:
+    """Converts a vector to an equal or wider dtype, exactly."""
+    if source == result:
+        return value
+    if source == "bf16" and result == "f32":
+        # A bf16 is the upper half of an f32; fpext would call a library routine where bf16 is no native type.
+        bits = ir.op(f"bitcast {vector('bfloat', lanes)} {value} to {vector('i16', lanes)}")
+        wide = ir.op(f"zext {vector('i16', lanes)} {bits} to {vector('i32', lanes)}")
+        upper = ir.op(f"shl {vector('i32', lanes)} {wide}, {ir.splat('i32', '16', lanes)}")
+        return ir.op(f"bitcast {vector('i32', lanes)} {upper} to {vector('float', lanes)}")
+    if source == "bf16":
+        return widen(ir, widen(ir, value, "bf16", "f32", lanes), "f32", result, lanes)
+    kinds = vector(LLVM_TYPES[source], lanes), vector(LLVM_TYPES[result], lanes)
+    return ir.op(f"{'sext' if source.startswith('i') else 'fpext'} {kinds[0]} {value} to {kinds[1]}")

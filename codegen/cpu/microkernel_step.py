@@ -1,9 +1,13 @@
-"""One step of a dot product: how a group of k values of A and of B is loaded and multiplied into an accumulator."""
+"""One step of a dot product: how a group of k values of A and of B is loaded and multiplied into an accumulator.
+
+A group fills 32 bits where the processor has an instruction that sums products inside a lane (2 values of bf16 or
+i16, 4 of i8); else it is one value.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, vector
+from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, vector, widen
 from tilewright.codegen.cpu.target import CpuTarget
 
 
@@ -12,7 +16,8 @@ class Step:
     """The instruction at the heart of a micro-kernel.
 
     Attributes:
-        group: values of k that one instruction consumes (1, 2 for ``vdpbf16ps``, 4 for ``vpdpbusd``).
+        group: values of k that one instruction consumes.
+        a_dtype: dtype of A as the instruction reads it; A of another dtype is widened first.
         acc: LLVM type of an accumulator lane.
         lanes: accumulator lanes of a full register.
         a_bytes: bytes of one group of A, which is broadcast to all lanes.
@@ -20,9 +25,12 @@ class Step:
         load_a: (ir, pointer, lanes) -> broadcast group of A.
         load_b: (ir, pointer, lanes) -> one group of B for each lane.
         multiply: (ir, accumulator, a, b, lanes) -> new accumulator.
+        surplus: (ir, accumulator, b, lanes) -> accumulator plus what ``multiply`` adds too much for these values
+            of B, whatever A is; None where it adds nothing too much.
     """
 
     group: int
+    a_dtype: str
     acc: str
     lanes: int
     a_bytes: int
@@ -30,14 +38,35 @@ class Step:
     load_a: Callable[[IrText, str, int], str]
     load_b: Callable[[IrText, str, int], str]
     multiply: Callable[[IrText, str, str, str, int], str]
+    surplus: Callable[[IrText, str, str, int], str] | None = None
 
 
 def fma_step(compute: str, b_dtype: str, target: CpuTarget) -> Step:
     """Floating-point outer product in ``compute`` ("f32" or "f64"); B is widened to it when loaded."""
-    element = LLVM_TYPES[compute]
-    size = BYTES[compute]
     # Without the instruction llvm.fma is a call of libm; llvm.fmuladd is then a product and a sum.
     name = "fma" if target.fma else "fmuladd"
+
+    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+        kind = vector(LLVM_TYPES[compute], lanes)
+        return ir.op(f"call {kind} @llvm.{name}.v{lanes}{compute}({kind} {a}, {kind} {b}, {kind} {acc})")
+
+    return _single(compute, b_dtype, target, multiply)
+
+
+def integer_step(b_dtype: str, target: CpuTarget) -> Step:
+    """Outer product in i32 for processors or sizes without a grouped instruction."""
+
+    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+        kind = vector("i32", lanes)
+        return ir.op(f"add {kind} {acc}, {ir.op(f'mul {kind} {a}, {b}')}")
+
+    return _single("i32", b_dtype, target, multiply)
+
+
+def _single(
+    compute: str, b_dtype: str, target: CpuTarget, multiply: Callable[[IrText, str, str, str, int], str]
+) -> Step:
+    element, size = LLVM_TYPES[compute], BYTES[compute]
 
     def load_a(ir: IrText, pointer: str, lanes: int) -> str:
         return ir.splat(element, ir.load(element, pointer, size), lanes)
@@ -45,26 +74,110 @@ def fma_step(compute: str, b_dtype: str, target: CpuTarget) -> Step:
     def load_b(ir: IrText, pointer: str, lanes: int) -> str:
         return widen(ir, ir.load(vector(LLVM_TYPES[b_dtype], lanes), pointer, BYTES[b_dtype]), b_dtype, compute, lanes)
 
+    lanes = target.vector_bits // (8 * size)
+    return Step(1, compute, element, lanes, size, BYTES[b_dtype], load_a, load_b, multiply)
+
+
+def bf16_step(target: CpuTarget) -> Step:
+    """``vdpbf16ps``: two products of bf16 are added to each f32 lane.
+
+    The instruction rounds to nearest even and treats denormal inputs and results as zero (Intel SDM, VDPBF16PS).
+    """
+
     def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
-        kind = vector(element, lanes)
-        suffix = f"v{lanes}{compute}"
-        return ir.op(f"call {kind} @llvm.{name}.{suffix}({kind} {a}, {kind} {b}, {kind} {acc})")
+        wide, pairs = vector("float", lanes), vector("bfloat", 2 * lanes)
+        call = f"call {wide} @llvm.x86.avx512bf16.dpbf16ps.{32 * lanes}"
+        return ir.op(f"{call}({wide} {acc}, {pairs} {a}, {pairs} {b})")
 
-    return Step(1, element, target.vector_bits // (8 * size), size, BYTES[b_dtype], load_a, load_b, multiply)
+    return _grouped("bf16", "float", target, multiply)
 
 
-def widen(ir: IrText, value: str, source: str, result: str, lanes: int) -> str:
-    """Converts a vector to a wider dtype, exactly."""
-    if source == result:
-        return value
-    if source == "bf16" and result == "f32":
-        # A bf16 is the upper half of an f32; fpext would call a library routine where bf16 is no native type.
-        bits = ir.op(f"bitcast {vector('bfloat', lanes)} {value} to {vector('i16', lanes)}")
-        wide = ir.op(f"zext {vector('i16', lanes)} {bits} to {vector('i32', lanes)}")
-        shift = ir.splat("i32", "16", lanes)
-        upper = ir.op(f"shl {vector('i32', lanes)} {wide}, {shift}")
-        return ir.op(f"bitcast {vector('i32', lanes)} {upper} to {vector('float', lanes)}")
-    if source == "bf16":
-        return widen(ir, widen(ir, value, "bf16", "f32", lanes), "f32", result, lanes)
-    kinds = vector(LLVM_TYPES[source], lanes), vector(LLVM_TYPES[result], lanes)
-    return ir.op(f"{'sext' if source.startswith('i') else 'fpext'} {kinds[0]} {value} to {kinds[1]}")
+def int16_step(target: CpuTarget) -> Step:
+    """``vpmaddwd`` and a sum: two products of i16 are added to each i32 lane; exact for i8 values."""
+
+    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+        wide, pairs = vector("i32", lanes), vector("i16", 2 * lanes)
+        name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[lanes]
+        products = ir.op(f"call {wide} @llvm.x86.{name}({pairs} {a}, {pairs} {b})")
+        return ir.op(f"add {wide} {acc}, {products}")
+
+    return _grouped("i16", "i32", target, multiply)
+
+
+def int8_step(target: CpuTarget) -> Step:
+    """``vpdpbusd``: four products of i8 are added to each i32 lane, modulo 2**32.
+
+    The instruction multiplies unsigned by signed values, so A enters as a + 128 and the surplus is 128 times
+    the column sums of B.
+    """
+
+    def product(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+        wide, groups = vector("i32", lanes), vector("i8", 4 * lanes)
+        call = f"call {wide} @llvm.x86.avx512.vpdpbusd.{32 * lanes}"
+        return ir.op(f"{call}({wide} {acc}, {groups} {a}, {groups} {b})")
+
+    def offset(ir: IrText, lanes: int) -> str:
+        # 0x80 in every byte: a ^ 0x80 is a + 128 read as unsigned. Passing it through an empty assembler statement
+        # hides that it is constant: LLVM 22 selects instructions for the xor of a broadcast and a constant forever.
+        wide = vector("i32", lanes)
+        attributes = "memory(none) nounwind willreturn"
+        return ir.op(f'call {wide} asm "", "=x,0"({wide} splat (i32 {-0x7F7F7F80})) {attributes}')
+
+    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+        wide, groups = vector("i32", lanes), vector("i8", 4 * lanes)
+        words = ir.op(f"bitcast {groups} {a} to {wide}")
+        words = ir.op(f"xor {wide} {words}, {offset(ir, lanes)}")
+        return product(ir, acc, ir.op(f"bitcast {wide} {words} to {groups}"), b, lanes)
+
+    def surplus(ir: IrText, acc: str, b: str, lanes: int) -> str:
+        words = ir.op(f"bitcast {vector('i32', lanes)} {offset(ir, lanes)} to {vector('i8', 4 * lanes)}")
+        return product(ir, acc, words, b, lanes)
+
+    return _grouped("i8", "i32", target, multiply, surplus)
+
+
+def _grouped(
+    dtype: str,
+    acc: str,
+    target: CpuTarget,
+    multiply: Callable[[IrText, str, str, str, int], str],
+    surplus: Callable[[IrText, str, str, int], str] | None = None,
+) -> Step:
+    """A step whose instruction exists for 4, 8 and 16 lanes; fewer lanes are computed in 4."""
+    element, group = LLVM_TYPES[dtype], 4 // BYTES[dtype]
+
+    def load_a(ir: IrText, pointer: str, lanes: int) -> str:
+        lanes = max(lanes, 4)
+        # One load of 32 bits and a broadcast: the form that becomes an embedded broadcast.
+        words = ir.splat("i32", ir.load("i32", pointer, BYTES[dtype]), lanes)
+        return ir.op(f"bitcast {vector('i32', lanes)} {words} to {vector(element, group * lanes)}")
+
+    def load_b(ir: IrText, pointer: str, lanes: int) -> str:
+        words = _fill(ir, "i32", ir.load(vector("i32", lanes), pointer, BYTES[dtype]), lanes)
+        lanes = max(lanes, 4)
+        return ir.op(f"bitcast {vector('i32', lanes)} {words} to {vector(element, group * lanes)}")
+
+    def padded(ir: IrText, call: Callable[[str, int], str], value: str, lanes: int) -> str:
+        if lanes >= 4:
+            return call(value, lanes)
+        return ir.shuffle(acc, 4, call(_fill(ir, acc, value, lanes), 4), "poison", range(lanes))
+
+    def padded_multiply(ir: IrText, value: str, a: str, b: str, lanes: int) -> str:
+        return padded(ir, lambda wide, width: multiply(ir, wide, a, b, width), value, lanes)
+
+    def padded_surplus(ir: IrText, value: str, b: str, lanes: int) -> str:
+        assert surplus is not None
+        return padded(ir, lambda wide, width: surplus(ir, wide, b, width), value, lanes)
+
+    return Step(
+        group, dtype, acc, target.lanes_f32, 4, 4, load_a, load_b, padded_multiply, padded_surplus if surplus else None
+    )
+
+
+def _fill(ir: IrText, element: str, value: str, lanes: int) -> str:
+    """The vector with zeros behind it up to 4 lanes."""
+    return (
+        value
+        if lanes >= 4
+        else ir.shuffle(element, lanes, value, "zeroinitializer", [*range(lanes), *[lanes] * (4 - lanes)])
+    )

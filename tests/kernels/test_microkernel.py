@@ -3,14 +3,33 @@
 import ctypes
 from collections.abc import Callable
 
-import numpy as np
 import pytest
+import torch
 from llvmlite import binding as llvm
 
-from tilewright.codegen.cpu.microkernel import TileDot, tile_dot
+from tilewright.codegen.cpu.microkernel import TileDot, packed_form, tile_dot
+from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.errors import CodegenError
+
+Shape = tuple[int, int, int]
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
+_DTYPES = {
+    "f64": torch.float64,
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "i32": torch.int32,
+    "i16": torch.int16,
+    "i8": torch.int8,
+}
+_NATIVE = CpuTarget.native()
+X86_TARGETS = [
+    name
+    for name, runs in {"avx2": _NATIVE.vector_bits >= 256, "avx512": _NATIVE.bf16_dot and _NATIVE.int8_dot}.items()
+    if runs
+]
 _KEPT: list[llvm.ExecutionEngine] = []  # machine code lives as long as its engine
 
 
@@ -39,33 +58,143 @@ def compiled(text: str, symbol: str, arguments: list[type], target: CpuTarget) -
     return ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(symbol))
 
 
-def call(spec: TileDot, target: CpuTarget, acc: np.ndarray, a: np.ndarray, a_stride: int, b: np.ndarray, b_stride: int):
+def multiply(spec: TileDot, target: CpuTarget, acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     function = compiled(tile_dot(spec, target), spec.symbol, [_POINTER, _POINTER, _INT, _POINTER, _INT], target)
-    function(acc.ctypes.data, a.ctypes.data, a_stride, b.ctypes.data, b_stride)
+    function(acc.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0))
 
 
-def aligned(shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+def pack(spec: PackB, target: CpuTarget, source: torch.Tensor) -> torch.Tensor:
+    """The packed tile, [k / group, n * group]."""
+    group = 4 // _DTYPES[spec.packed_dtype].itemsize if spec.packed_layout == "vnni" else 1
+    packed = torch.zeros(spec.k // group, spec.n * group, dtype=_DTYPES[spec.packed_dtype])
+    function = compiled(pack_b_text(spec, target), spec.symbol, [_POINTER, _POINTER, _INT], target)
+    function(packed.data_ptr(), source.data_ptr(), source.stride(0))
+    return packed
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 64), (1, 1, 1), (7, 37, 5), (20, 8, 6), (3, 128, 16)])
+def aligned(m: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random accumulator, aligned to 64 bytes as the micro-kernels expect."""
+    raw = torch.zeros(m * n * dtype.itemsize + 64, dtype=torch.uint8)
+    start = -raw.data_ptr() % 64
+    acc = raw[start : start + m * n * dtype.itemsize].view(dtype).view(m, n)
+    return acc.copy_(tile(m, n, dtype))
+
+
+def tile(rows: int, columns: int, dtype: torch.dtype, extra: int = 0) -> torch.Tensor:
+    """Random tile inside rows that are ``extra`` longer; integers of the whole range, both ends included."""
+    if dtype.is_floating_point:
+        return torch.randn(rows, columns + extra, dtype=torch.float64).to(dtype)[:, :columns]
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    values = torch.randint(low, high + 1, (rows, columns + extra)).to(dtype)
+    values[torch.rand(values.shape) < 0.1] = low
+    return values[:, :columns]
+
+
+def check(
+    shape: Shape, dtype: str, target: CpuTarget, source_layout: str, a_layout: str = "mk", zero_init: bool = False
+):
+    """Packs B as the target wants it, multiplies, and compares with fp64 (floats) or i64 modulo 2**32 (integers)."""
+    m, n, k = shape
+    kind = _DTYPES[dtype]
+    acc_dtype = {"f64": "f64", "i8": "i32"}.get(dtype, "f32")
+    a = tile(m, k, kind, 3) if a_layout == "mk" else tile(k, m, kind, 3)
+    b = tile(k, n, kind, 5) if source_layout == "kn" else tile(n, k, kind, 5)
+    acc = aligned(m, n, _DTYPES[acc_dtype])
+    before = torch.zeros_like(acc) if zero_init else acc.clone()
+    form = packed_form(dtype, k, target)
+    packed = b
+    if source_layout == "nk" or form != (dtype, "kn"):
+        packed = pack(PackB(k, n, dtype, source_layout, *form), target, b)
+    multiply(TileDot(m, n, k, dtype, form[0], acc_dtype, form[1], a_layout, zero_init), target, acc, a, packed)
+
+    wide = torch.float64 if kind.is_floating_point else torch.int64
+    left = (a if a_layout == "mk" else a.T).to(wide)
+    right = (b if source_layout == "kn" else b.T).to(wide)
+    exact = before.to(wide) + left @ right
+    if wide is torch.int64:
+        assert torch.equal(acc, exact.to(torch.int32))
+        return
+    bound = before.abs().to(wide) + left.abs() @ right.abs()
+    unit = 2.0**-53 if dtype == "f64" else 2.0**-24
+    assert ((acc.to(wide) - exact).abs() <= (k + 1) * unit * bound).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 64, 64), (1, 1, 1), (7, 37, 5), (20, 8, 6), (3, 128, 16), (2, 300, 4), (16, 1, 16)]
+)
 @pytest.mark.parametrize("a_layout", ["mk", "km"])
 @pytest.mark.parametrize("zero_init", [False, True])
-def test_f32_product_is_within_rounding_of_fp64(shape, a_layout, zero_init):
-    m, n, k = shape
-    rng = np.random.default_rng()
-    wide_a = rng.standard_normal((m, k + 3) if a_layout == "mk" else (k, m + 3)).astype(np.float32)
-    wide_b = rng.standard_normal((k, n + 5)).astype(np.float32)
-    a = wide_a[:, :k] if a_layout == "mk" else wide_a[:, :m].T
-    acc = aligned((m, n), np.float32)
-    acc[:] = rng.standard_normal((m, n))
-    before = np.zeros_like(acc) if zero_init else acc.copy()
-    spec = TileDot(m, n, k, a_layout=a_layout, zero_init=zero_init)
-    call(spec, CpuTarget.native(), acc, wide_a, wide_a.shape[1], wide_b, n + 5)
-    b = wide_b[:, :n]
-    exact = before.astype(np.float64) + a.astype(np.float64) @ b.astype(np.float64)
-    bound = np.abs(before) + np.abs(a).astype(np.float64) @ np.abs(b)
-    assert np.all(np.abs(acc - exact) <= (k + 1) * 2.0**-24 * bound)
+def test_f32_in_place(shape, a_layout, zero_init):
+    check(shape, "f32", CpuTarget.native(), "kn", a_layout, zero_init)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16", "i8"])
+@pytest.mark.parametrize("source_layout", ["kn", "nk"])
+@pytest.mark.parametrize("a_layout", ["mk", "km"])
+@pytest.mark.parametrize("shape", [(32, 64, 64), (5, 27, 12), (9, 20, 3)])
+@pytest.mark.parametrize("target", X86_TARGETS)
+def test_every_dtype_layout_and_target(dtype, source_layout, a_layout, shape, target):
+    check(shape, dtype, CpuTarget.named(target), source_layout, a_layout)
+
+
+@pytest.mark.parametrize("target", X86_TARGETS)
+def test_int8_is_exact_where_products_are_largest(target):
+    named = CpuTarget.named(target)
+    m, n, k = 4, 32, 256
+    a, b = torch.full((m, k), -128, dtype=torch.int8), torch.full((k, n), -128, dtype=torch.int8)
+    form = packed_form("i8", k, named)
+    packed = pack(PackB(k, n, "i8", "kn", *form), named, b)
+    acc = aligned(m, n, torch.int32)
+    multiply(TileDot(m, n, k, "i8", form[0], "i32", form[1], zero_init=True), named, acc, a, packed)
+    assert (acc == 128 * 128 * k).all()
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "i8"])
+def test_unpacked_narrow_b_is_widened_when_loaded(dtype):
+    m, n, k = 6, 40, 10
+    a, b = tile(m, k, _DTYPES[dtype], 1), tile(k, n, _DTYPES[dtype], 1)
+    acc_dtype = "i32" if dtype == "i8" else "f32"
+    acc = aligned(m, n, _DTYPES[acc_dtype])
+    multiply(TileDot(m, n, k, dtype, dtype, acc_dtype, zero_init=True), CpuTarget.native(), acc, a, b)
+    torch.testing.assert_close(acc.double(), a.double() @ b.double(), rtol=1e-6, atol=1e-5)
+
+
+def test_a_stride_of_zero_repeats_one_row():
+    a, b, acc = tile(1, 32, torch.float32), tile(32, 16, torch.float32), aligned(8, 16, torch.float32)
+    multiply(TileDot(8, 16, 32, zero_init=True), CpuTarget.native(), acc, a.expand(8, 32), b)
+    torch.testing.assert_close(acc, (a @ b).expand(8, 16))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16", "i8"])
+@pytest.mark.parametrize("target", ["neon", "avx2", "avx512"])
+def test_text_compiles_for_every_target_without_calls(dtype, target):
+    named = CpuTarget.named(target)
+    form = packed_form(dtype, 16, named)
+    spec = TileDot(16, 24, 16, dtype, form[0], {"f64": "f64", "i8": "i32"}.get(dtype, "f32"), form[1])
+    packing = PackB(16, 24, dtype, "nk", *form)
+    text = tile_dot(spec, named) + pack_b_text(packing, named)
+    module, machine = optimized(text.replace("define internal", "define"), named)
+    assembly = machine.emit_assembly(module)
+    calls = [line for line in assembly.splitlines() if line.split()[:1] in (["call"], ["callq"], ["bl"])]
+    assert not calls
+
+
+def test_wide_tiles_keep_their_accumulators_in_registers():
+    for dtype, instruction in (("f32", "vfmadd231ps"), ("bf16", "vdpbf16ps"), ("i8", "vpdpbusd")):
+        named = CpuTarget.named("avx512")
+        form = packed_form(dtype, 64, named)
+        spec = TileDot(64, 64, 64, dtype, form[0], "i32" if dtype == "i8" else "f32", form[1])
+        module, machine = optimized(tile_dot(spec, named).replace("define internal", "define"), named)
+        assembly = machine.emit_assembly(module)
+        assert assembly.count(instruction) >= 64
+        assert not [line for line in assembly.splitlines() if "zmm" in line and ("(%rsp)" in line or "(%rbp)" in line)]
+
+
+def test_what_the_target_cannot_multiply_is_refused():
+    bf16 = TileDot(16, 16, 16, "bf16", "bf16", "f32", "vnni")
+    with pytest.raises(CodegenError, match="no dot micro-kernel"):
+        tile_dot(bf16, CpuTarget.named("avx2"))
+    with pytest.raises(CodegenError, match="k = 3"):
+        tile_dot(TileDot(16, 16, 3, "bf16", "bf16", "f32", "vnni"), CpuTarget.named("avx512"))
+    with pytest.raises(CodegenError, match="multiple of 2"):
+        pack_b_text(PackB(3, 16, "bf16", "nk", "bf16", "vnni"), CpuTarget.named("avx512"))
