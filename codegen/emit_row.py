@@ -1,0 +1,305 @@
+"""Row kernels: pointwise work, reductions and norms, lookups, gathers and scatters.
+
+A program computes one row (or a block of short rows) of the result with all its columns, so a reduction along the columns stays
+inside it. Without a reduction columns are tiled over programs too; where all operands have the shape of the result, the
+result is one flat row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tilewright.codegen.evaluate import Evaluator
+from tilewright.codegen.index import Index, constant, linear, same_count, unravel, variable
+from tilewright.codegen.kernel_text import finish
+from tilewright.codegen.nodes import arguments, op_name
+from tilewright.codegen.reductions import (
+    ColumnConflict,
+    column_block,
+    columns_in_registers,
+    columns_name,
+    define_columns,
+    next_power_of_2,
+)
+from tilewright.codegen.region_call import Inputs
+from tilewright.codegen.scatter import open_scatter, store_scattered
+from tilewright.codegen.writer import KernelWriter, Register, Var
+from tilewright.errors import CodegenError
+from tilewright.ir.facts import TensorType, fact
+from tilewright.ir.program import KernelStep, View
+from tilewright.ir.sizes import Size, ceil_div, contiguous_strides, product
+from tilewright.ops import Flow, traits_of
+
+packing = torch.ops.tilewright
+aten = torch.ops.aten
+
+_SHORT_ROW = 128
+_TILE = 1024
+_FLAT_BLOCK = 1024
+_PURE_VIEWS = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims)
+
+
+@dataclass(frozen=True)
+class Output:
+    """A result: the node whose elements, in row-major order, are the elements of ``view``."""
+
+    node: Node
+    view: View
+    scatter: Node | None = None
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """Shape of the node."""
+        return fact(self.node, TensorType).shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the elements of results are shared out.
+
+    Attributes:
+        kind: "flat": all elements are columns of one row, tiled. "tiles": the last axis is tiled. "rows": the last axis is
+            inside one program. "scalars": every axis is a row, results have no columns.
+        rank: rank of tiles.
+        loop_places: reductions may loop over single places.
+    """
+
+    kind: str
+    rank: int = 1
+    loop_places: bool = False
+
+
+def emit_rows(graph: GraphModule, inputs: Inputs, results: Sequence[tuple[Node, View]]) -> tuple[KernelStep, ...]:
+    """Kernels that compute ``results`` from ``inputs``; one, unless results differ in their rows.
+
+    Args:
+        graph: body of the region.
+        inputs: what is in memory: placeholders, and any node computed by an earlier step.
+        results: nodes to compute, with the contiguous view to store each to.
+
+    Raises:
+        CodegenError: some op cannot be computed row by row.
+    """
+    outputs = [_peel(node, view, inputs) for node, view in results]
+    steps: list[KernelStep] = []
+    for group in _groups(outputs):
+        try:
+            steps.append(_first_that_fits(graph, inputs, group))
+        except ColumnConflict:
+            if len(group) == 1:
+                raise
+            steps += [_first_that_fits(graph, inputs, [output]) for output in group]
+    return tuple(steps)
+
+
+def _peel(node: Node, view: View, inputs: Inputs) -> Output:
+    """Follows views that keep the order of elements: the store is the same without them."""
+    while node not in inputs and node.target in _PURE_VIEWS:
+        node = arguments(node)["self"]
+    if node not in inputs and node.target == packing.scatter_rows.default:
+        return Output(arguments(node)["x"], view, node)
+    return Output(node, view)
+
+
+def _groups(outputs: list[Output]) -> list[list[Output]]:
+    """Outputs that can share a kernel: the same number of rows, at most one of them scattered."""
+    groups: list[list[Output]] = []
+    for output in outputs:
+        for group in groups:
+            scattered = [member for member in group if member.scatter]
+            if _row_shape(group[0]) == _row_shape(output) and not (scattered and output.scatter):
+                group.append(output)
+                break
+        else:
+            groups.append([output])
+    return groups
+
+
+def _row_shape(output: Output) -> tuple[Size, ...]:
+    return output.shape[:1] if output.scatter else output.shape[:-1]
+
+
+def _first_that_fits(graph: GraphModule, inputs: Inputs, outputs: list[Output]) -> KernelStep:
+    conflict: ColumnConflict | None = None
+    for plan in _plans(outputs, inputs):
+        try:
+            step, divides = _write(graph, inputs, outputs, plan)
+        except ColumnConflict as error:
+            conflict = error
+            continue
+        if plan.kind != "flat" or not divides:
+            return step
+    raise conflict or CodegenError("no way to share out the elements of a region", where=outputs[0].node.name)
+
+
+def _plans(outputs: list[Output], inputs: Inputs) -> list[Plan]:
+    """Ways to share out the elements, best first."""
+    reducing = [n for n in _needed(outputs, inputs) if traits_of(n.target).flow in (Flow.REDUCE, Flow.LAST_AXIS)]
+    last = [output.shape[-1] if output.shape else 1 for output in outputs]
+    widths = last + [fact(n.all_input_nodes[0], TensorType).shape[-1] for n in reducing]
+    short = all(isinstance(width, int) and width <= _SHORT_ROW for width in widths)
+    if any(output.scatter for output in outputs):
+        return [Plan("rows"), Plan("rows", loop_places=True)]
+    rank = 2 if short else 1
+    if reducing:
+        return [Plan("rows", rank), Plan("scalars", rank), Plan("rows", rank, loop_places=True)]
+    one_size = len({product(output.shape) for output in outputs}) == 1
+    one_width = len(set(last)) == 1
+    plans = [Plan("flat")] if one_size else []
+    return [*plans, Plan("rows" if short or not one_width else "tiles", rank)]
+
+
+def _needed(outputs: list[Output], inputs: Inputs) -> list[Node]:
+    """Nodes that have to be computed for the outputs, in the order of the graph."""
+    needed: set[Node] = set()
+    pending = [node for output in outputs for node in (output.node, output.scatter) if node is not None]
+    while pending:
+        node = pending.pop()
+        if node not in needed and node not in inputs and node.op != "placeholder":
+            needed.add(node)
+            pending += node.all_input_nodes
+    return [node for node in next(iter(needed)).graph.nodes if node in needed] if needed else []
+
+
+def _write(graph: GraphModule, inputs: Inputs, outputs: list[Output], plan: Plan) -> tuple[KernelStep, bool]:
+    writer = KernelWriter(plan.rank)
+    writer.loop_places = plan.loop_places
+    evaluator = Evaluator(graph, writer, inputs)
+    scattered = next((output for output in outputs if output.scatter), None)
+    rows = product(_row_shape(outputs[0]) if plan.kind in ("rows", "tiles") else ())
+    grid: tuple[Size, Size, Size] = (rows, 1, 1)
+    if scattered is not None:
+        grid = (rows + 1, 1, 1)
+        with open_scatter(evaluator, scattered.scatter, scattered.view, rows) as row:
+            _store_all(evaluator, outputs, row, plan)
+    elif plan.kind == "flat":
+        grid = (ceil_div(product(outputs[0].shape), _FLAT_BLOCK), 1, 1)
+        _store_all(evaluator, outputs, constant(0), plan)
+    else:
+        if plan.kind == "scalars":
+            rows = product(outputs[0].shape)
+        row, block = _define_rows(writer, rows, outputs)
+        tiles = ceil_div(outputs[0].shape[-1], _tile_columns(outputs[0].shape[-1])) if plan.kind == "tiles" else 1
+        grid = (ceil_div(rows, block), tiles, 1)
+        _store_all(evaluator, outputs, row, plan)
+    step = finish(
+        writer,
+        family="row",
+        summary=_summary(outputs, plan),
+        nodes=_named(_needed(outputs, inputs)),
+        variables=evaluator.used,
+        grid=grid,
+        writes=[output.view for output in outputs],
+        num_warps=8 if max(writer.constants.values(), default=1) >= 2048 else 4,
+    )
+    return step, writer.divides
+
+
+def _named(nodes: list[Node]) -> list[Node]:
+    """The nodes that name a kernel: those that compute, or all where none does."""
+    computing = [node for node in nodes if traits_of(node.target).flow not in (Flow.VIEW, Flow.SIZE)]
+    return computing or nodes
+
+
+def _define_rows(writer: KernelWriter, rows: Size, outputs: list[Output]) -> tuple[Index, int]:
+    """Defines the row variable: a scalar, or a block of short rows. Rows are 64-bit: offsets may pass 2^31."""
+    if writer.rank == 1:
+        writer.statement("row = tl.program_id(0).to(tl.int64)")
+        writer.row_deps = frozenset(("row",))
+        return writer.define(Var("row", rows)), 1
+    width = max(
+        int(output.shape[-1]) if output.shape and isinstance(output.shape[-1], int) else 1 for output in outputs
+    )
+    block = max(1, _TILE // max(16, next_power_of_2(width)))
+    writer.constants["BLOCK_M"] = block
+    writer.statement("rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]")
+    writer.statement(f"row_mask = rows < {writer.size(rows)}")
+    writer.row_deps = frozenset(("rows",))
+    return writer.define(Var("rows", rows, 0, "BLOCK_M", "row_mask")), block
+
+
+def _tile_columns(size: Size) -> int:
+    return next_power_of_2(size) if isinstance(size, int) and size <= 4 * _TILE else _TILE
+
+
+def _store_all(evaluator: Evaluator, outputs: list[Output], row: Index, plan: Plan) -> None:
+    for output in outputs:
+        _store(evaluator, output, row, plan)
+
+
+def _store(evaluator: Evaluator, output: Output, row: Index, plan: Plan) -> None:
+    """Evaluates one output at its row and columns, and stores it."""
+    writer = evaluator.writer
+    shape = output.shape
+    if plan.kind == "flat":
+        size = product(shape)
+        start = f"tl.program_id(0).to(tl.int64) * {_FLAT_BLOCK}"
+        column = _column_once(writer, size, _FLAT_BLOCK, start)
+        return _put(evaluator, output, unravel(column, shape))
+    if plan.kind == "scalars" or not shape:
+        return _put(evaluator, output, unravel(row, shape))
+    width = shape[-1] if output.scatter is None else product(shape[1:])
+    outer = shape[:-1] if output.scatter is None else shape[:1]
+
+    def at(column: Index) -> tuple[Index, ...]:
+        inner = (column,) if output.scatter is None else unravel(column, shape[1:])
+        return (*unravel(row, outer), *inner)
+
+    if plan.kind == "tiles":
+        block = _tile_columns(width)
+        return _put(evaluator, output, at(_column_once(writer, width, block, f"tl.program_id(1) * {block}")))
+    block, looped = column_block(writer, width)
+    if not looped:
+        return _put(evaluator, output, at(columns_in_registers(writer, width)))
+    name = columns_name(writer, width)
+    with writer.block(f"for start in range(0, {writer.size(width)}, BLOCK_{name.upper()}):"):
+        _put(evaluator, output, at(define_columns(writer, name, width, block, "start")))
+    return None
+
+
+def _column_once(writer: KernelWriter, size: Size, block: int, start: str) -> Index:
+    """The column variable of a kernel whose programs tile the columns."""
+    name = columns_name(writer, size)
+    if name in writer.variables:
+        return variable(name, size)
+    return define_columns(writer, name, size, block, start)
+
+
+def _put(evaluator: Evaluator, output: Output, index: tuple[Index, ...]) -> None:
+    value = evaluator.value(output.node, index)
+    if output.scatter is not None:
+        store_scattered(evaluator, output.scatter, output.view, index, value)
+        return
+    place = linear(index, contiguous_strides(output.shape))
+    store(evaluator.writer, output.view, fact(output.node, TensorType).dtype, place, value)
+
+
+def store(writer: KernelWriter, view: View, dtype: torch.dtype, place: Index, value: Register) -> None:
+    """Stores a value at a place of a contiguous view, where the index variables of the place count."""
+    pointer = writer.pointer(view, dtype, "out")
+    mask = writer.mask(place.deps)
+    address = f"{pointer} + {writer.index_text(place)}"
+    writer.statement(f"tl.store({address}, {value.text}{f', mask={mask}' if mask else ''})")
+
+
+def _summary(outputs: list[Output], plan: Plan) -> str:
+    shapes = ", ".join(
+        f"{op_name(o.scatter or o.node) if o.node.op != 'placeholder' else 'copy'} {_text(o)}" for o in outputs
+    )
+    how = {
+        "flat": "All elements as one row, in tiles.",
+        "tiles": "A program computes one tile of columns of a row.",
+        "rows": "A program computes whole rows.",
+        "scalars": "A program computes one number for each of its rows.",
+    }[plan.kind]
+    return f"Stores {shapes}. {how}"
+
+
+def _text(output: Output) -> str:
+    shape = fact(output.scatter or output.node, TensorType).shape
+    return f"[{', '.join(map(str, shape))}]"
+
+
+__all__ = ["Output", "Plan", "emit_rows", "same_count", "store"]

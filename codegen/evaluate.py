@@ -1,0 +1,272 @@
+"""Evaluates nodes of a region lazily: the value of a node at an index, as statements of a kernel.
+
+Views become arithmetic on the index, inputs become loads, pointwise ops become expressions in the compute dtype. Nothing is
+computed that no output asks for, and what two users ask for at the same index is computed once.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tilewright.codegen import reductions, views
+from tilewright.codegen.index import Index, constant, linear, variable
+from tilewright.codegen.nodes import arguments, compute_dtype, literal, op_name, role, size_of
+from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register
+from tilewright.errors import CodegenError
+from tilewright.ir.facts import TensorType, fact, find_fact, where
+from tilewright.ir.program import View
+from tilewright.ir.sizes import Size
+from tilewright.ops import Flow, traits_of
+
+aten = torch.ops.aten
+packing = torch.ops.tilewright
+
+Binding = Callable[[tuple[Index, ...]], Register]
+# Their first (second) tensor is a condition and stays a boolean whatever the result is.
+_CONDITION = {aten.where.self: 0, aten.masked_fill.Scalar: 1}
+
+
+class Evaluator:
+    """Evaluates the nodes of one region body into one kernel.
+
+    Args:
+        graph: the region's body.
+        writer: the kernel.
+        inputs: the view behind each placeholder, with the element type of its value.
+        bindings: nodes that are already computed, with a function that gives them at an index.
+    """
+
+    def __init__(
+        self,
+        graph: GraphModule,
+        writer: KernelWriter,
+        inputs: dict[Node, tuple[View, torch.dtype]],
+        bindings: dict[Node, Binding] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.writer = writer
+        self.inputs = inputs
+        self.bindings = bindings or {}
+        self.used: dict[Node, str] = {}
+        self._guards: tuple[Register, ...] = ()
+
+    def value(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """The node's value at an index of its shape, in the type it is held in (half types may be unconverted)."""
+        index = tuple(
+            constant(0) if size == 1 else part for part, size in zip(index, fact(node, TensorType).shape, strict=True)
+        )
+        deps = frozenset(name for part in index for name in part.deps)
+        cache = self.writer.scope_of(deps | frozenset(n for g in self._guards for n in g.deps)).cache
+        key = (node, index, tuple(guard.text for guard in self._guards))
+        if key not in cache:
+            cache[key] = self._evaluate(node, index)
+        found: Register = cache[key]
+        return found
+
+    def number(self, node: Node, index: tuple[Index, ...], dtype: torch.dtype | None = None) -> Register:
+        """The node's value converted to ``dtype``, or to its compute dtype."""
+        value = self.value(node, index)
+        return self.convert(value, dtype or compute_dtype(value.dtype))
+
+    def convert(self, value: Register, dtype: torch.dtype) -> Register:
+        """The value in another element type."""
+        if value.dtype == dtype:
+            return value
+        if dtype == torch.bool:
+            text = self.writer.emit(f"{value.text}_true", f"{value.text} != 0", value.deps)
+        else:
+            kind = TL_TYPES[dtype]
+            text = self.writer.emit(f"{value.text}_{kind[3:]}", f"{value.text}.to({kind})", value.deps)
+        return Register(text, dtype, value.deps)
+
+    def raw(self, node: Node, index: tuple[Index, ...], dtype: torch.dtype) -> Register:
+        """The value in the type it is stored in, as an operand of a matrix product."""
+        while node not in self.inputs and node not in self.bindings and traits_of(node.target).flow is Flow.VIEW:
+            if node.target == aten.cat.default:
+                break
+            node, index = views.source_index(node, index, arguments(node), size_of)
+        if node in self.inputs and self.inputs[node][1] == dtype:
+            return self.load(*self.inputs[node], index, role(node), raw=True)
+        return self.number(node, index, dtype)
+
+    def load(self, view: View, dtype: torch.dtype, index: Sequence[Index], hint: str, raw: bool = False) -> Register:
+        """Loads from a view at an index; where index variables do not count, the value is 0.
+
+        Half types are widened to their compute dtype unless ``raw``.
+        """
+        writer = self.writer
+        place = linear(index, view.strides)
+        deps = place.deps
+        pointer = writer.pointer(view, dtype, hint)
+        where_true = [mask] if (mask := writer.mask(deps)) else []
+        for guard in self._guards:
+            where_true.append(guard.text)
+            deps |= guard.deps
+        address = f"{pointer} + {writer.index_text(place)}" if place != constant(0) else pointer
+        mask_text = f", mask={' & '.join(where_true)}, other=0" if where_true else ""
+        held = dtype if raw else compute_dtype(dtype)
+        widen = f".to({TL_TYPES[held]})" if held != dtype else ""
+        return Register(writer.emit(hint, f"tl.load({address}{mask_text}){widen}", deps), held, deps)
+
+    def _evaluate(self, node: Node, index: tuple[Index, ...]) -> Register:
+        if node in self.bindings:
+            return self.bindings[node](index)
+        if node in self.inputs:
+            view, dtype = self.inputs[node]
+            return self.load(view, dtype, index, role(node))
+        flow = traits_of(node.target).flow
+        rule = self._EVALUATE.get(flow)
+        if rule is None:
+            raise CodegenError(f"op {node.target} has no kernel", where=where(node), why=f"its flow is {flow.value}")
+        result = rule(self, node, index)
+        self.used.setdefault(node, result.text)
+        return result
+
+    def pointwise(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """An elementwise op: its Triton expression over the operands at the same, broadcast index."""
+        expression = traits_of(node.target).triton
+        if expression is None:
+            raise CodegenError(f"op {node.target} declares no Triton expression", where=where(node))
+        dtype = fact(node, TensorType).dtype
+        given = arguments(node)
+        if given.pop("alpha", 1) != 1:
+            raise CodegenError(f"op {node.target} still has an alpha", where=where(node))
+        if dtype == torch.bool and node.target == aten.add.Tensor:
+            raise CodegenError("a sum of booleans has no kernel", where=where(node))
+        operands: list[str] = []
+        deps: frozenset[str] = frozenset()
+        target = self._operand_dtype(node, dtype)
+        for position, argument in enumerate(given.values()):
+            if isinstance(argument, Node) and find_fact(argument, TensorType) is not None:
+                shape = fact(argument, TensorType).shape
+                operand = self.value(argument, views.broadcast(index, shape))
+                if operand.dtype != torch.bool or (
+                    position != _CONDITION.get(node.target) and target.is_floating_point
+                ):
+                    operand = self.convert(operand, target)
+                elif position == _CONDITION.get(node.target):
+                    operand = self.convert(operand, torch.bool)
+                operands.append(operand.text)
+                deps |= operand.deps
+            else:
+                operands.append(
+                    self.writer.size(size_of(argument)) if isinstance(argument, Node) else literal(argument)
+                )
+        return self._finish(node, expression.format(*operands), deps, dtype)
+
+    def _operand_dtype(self, node: Node, dtype: torch.dtype) -> torch.dtype:
+        """Type that operands are converted to: that of the result, or their common one where the result is a truth value."""
+        if node.target == torch.ops.prims.convert_element_type.default:
+            return compute_dtype(fact(node.args[0], TensorType).dtype)  # type: ignore[arg-type]
+        if dtype != torch.bool:
+            return compute_dtype(dtype)
+        common: Any = None
+        for argument in arguments(node).values():
+            if isinstance(argument, Node) and (kind := find_fact(argument, TensorType)) is not None:
+                common = kind.dtype if common is None else torch.promote_types(common, kind.dtype)
+            elif isinstance(argument, float) and common is not None and not common.is_floating_point:
+                common = torch.float32
+        return compute_dtype(common)
+
+    def _finish(self, node: Node, expression: str, deps: frozenset[str], dtype: torch.dtype) -> Register:
+        """Names the result of an expression, rounded where the op is a change of type."""
+        hint = op_name(node)
+        kind = compute_dtype(dtype)
+        if node.target == torch.ops.prims.convert_element_type.default:
+            source = fact(node.args[0], TensorType).dtype  # type: ignore[arg-type]
+            if dtype == torch.bool:
+                expression = f"{expression} != 0"
+            elif compute_dtype(source) != dtype:
+                expression = f"{expression}.to({TL_TYPES[dtype]})" + (".to(tl.float32)" if kind != dtype else "")
+            elif dtype == compute_dtype(source):
+                return Register(expression, dtype, deps)
+        return Register(self.writer.emit(hint, expression, deps), kind, deps)
+
+    def view(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """A view: its source at the mapped index; a concatenation chooses between its sources."""
+        if node.target == aten.cat.default:
+            return self._concatenate(node, index)
+        source, mapped = views.source_index(node, index, arguments(node), size_of)
+        return self.value(source, mapped)
+
+    def _concatenate(self, node: Node, index: tuple[Index, ...]) -> Register:
+        given = arguments(node)
+        axis = int(given["dim"]) % len(index)
+        dtype = compute_dtype(fact(node, TensorType).dtype)
+        place = self.writer.emit("place", self.writer.index_text(index[axis]), index[axis].deps)
+        start: Size = 0
+        chosen: Register | None = None
+        for source in given["tensors"]:
+            size = fact(source, TensorType).shape[axis]
+            inside = f"({place} >= {self.writer.size(start)}) & ({place} < {self.writer.size(start + size)})"
+            guard = Register(self.writer.emit("inside", inside, index[axis].deps), torch.bool, index[axis].deps)
+            before, self._guards = self._guards, (*self._guards, guard)
+            moved = (*index[:axis], index[axis] + constant(-start), *index[axis + 1 :])
+            part = self.number(source, moved, dtype)
+            self._guards = before
+            deps = part.deps | guard.deps
+            if chosen is None:
+                chosen = part
+            else:
+                deps |= chosen.deps
+                text = self.writer.emit("cat", f"tl.where({guard.text}, {part.text}, {chosen.text})", deps)
+                chosen = Register(text, dtype, deps)
+            start = start + size
+        if chosen is None:
+            raise CodegenError("nothing to concatenate", where=where(node))
+        return chosen
+
+    def lookup(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """``embedding(table, ids)``: the table at the row that the ids name."""
+        given = arguments(node)
+        table = given["weight"]
+        row = self.loaded_index(given["indices"], index[:-1], fact(table, TensorType).shape[0])
+        return self.value(table, (row, index[-1]))
+
+    def packing(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """Rows picked by the row index (gather) or by the offsets of the sequences (first row of each)."""
+        given = arguments(node)
+        shape = fact(given["x"], TensorType).shape
+        if node.target == packing.gather_rows.default:
+            row = self.loaded_index(given["row_index"], index[:1], shape[0] * shape[1])
+            return self.value(given["x"], (row // shape[1], row % shape[1], *index[1:]))
+        if node.target == packing.first_rows.default:
+            return self.value(given["x"], (self.loaded_index(given["cu_seqlens"], index[:1], shape[0]), *index[1:]))
+        raise CodegenError(f"{node.target} cannot be evaluated element by element", where=where(node))
+
+    def loaded_index(self, node: Node, index: tuple[Index, ...], bound: Size) -> Index:
+        """The value of an integer node, to be used as an index below ``bound``."""
+        row = self.convert(self.value(node, index), torch.int64)
+        return variable(row.text, bound, row.deps)
+
+    def create(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """Tensors made from sizes: a range, or one value."""
+        given = arguments(node)
+        dtype = fact(node, TensorType).dtype
+        kind = compute_dtype(dtype)
+        if node.target == aten.full.default:
+            fill = given["fill_value"]
+            fill = bool(fill) if dtype == torch.bool else float(fill) if dtype.is_floating_point else int(fill)
+            return Register(literal(fill), kind)
+        start, step = given["start"], given["step"]
+        if dtype.is_floating_point:
+            raise CodegenError("a range of floating-point numbers has no kernel", where=where(node))
+        place = index[0] * size_of(step) + size_of(start)
+        text = self.writer.emit("arange", f"({self.writer.index_text(place)}).to({TL_TYPES[kind]})", place.deps)
+        return Register(text, kind, place.deps)
+
+    def reduce(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """Reductions and what works along the last axis."""
+        return reductions.evaluate(self, node, index)
+
+    _EVALUATE = {
+        Flow.POINTWISE: pointwise,
+        Flow.VIEW: view,
+        Flow.LOOKUP: lookup,
+        Flow.PACKING: packing,
+        Flow.CREATE: create,
+        Flow.LAST_AXIS: reduce,
+        Flow.REDUCE: reduce,
+    }

@@ -1,0 +1,330 @@
+"""Reductions inside a kernel: over a vector in registers, over a loop of vectors, or over a loop of single places.
+
+Norms take two passes: the mean first, then the mean of the squared distances from it, which does not cancel as
+``E[x^2] - E[x]^2`` does.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch.fx import Node
+
+from tilewright.codegen.index import Index, unravel, variable
+from tilewright.codegen.nodes import arguments, compute_dtype, literal, op_name
+from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register, Var
+from tilewright.errors import CodegenError
+from tilewright.ir.facts import TensorType, fact, where
+from tilewright.ir.sizes import Size, product
+from tilewright.ops import Flow, traits_of
+
+if TYPE_CHECKING:
+    from tilewright.codegen.evaluate import Evaluator
+
+aten = torch.ops.aten
+
+_REDUCE = {"sum": "tl.sum", "max": "tl.max", "min": "tl.min", "any": "tl.max", "all": "tl.min"}
+_COMBINE = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1})", "min": "tl.minimum({0}, {1})"}
+
+Make = Callable[[Index], Register]
+
+
+class ColumnConflict(CodegenError):
+    """A reduction would need a third axis: its place already varies along the columns of the tile."""
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is at least ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def column_block(writer: KernelWriter, size: Size) -> tuple[int, bool]:
+    """Columns of a tile for an axis of ``size``, and whether a loop is needed to cover it."""
+    if isinstance(size, int) and size <= writer.register_columns:
+        return next_power_of_2(size), False
+    return (min(writer.loop_columns, next_power_of_2(size)) if isinstance(size, int) else writer.loop_columns), True
+
+
+def define_columns(writer: KernelWriter, name: str, size: Size, block: int, start: str | None = None) -> Index:
+    """Defines the column variable of an axis in the innermost scope: a vector of ``block`` places from ``start``."""
+    constant = f"BLOCK_{name.upper()}"
+    writer.constants[constant] = block
+    places = f"tl.arange(0, {constant})" + ("[None, :]" if writer.rank == 2 else "")
+    writer.statement(f"{name} = {places if start is None else f'{start} + {places}'}")
+    full = isinstance(size, int) and size % block == 0
+    mask = None if full else f"{name}_mask"
+    if mask:
+        writer.statement(f"{mask} = {name} < {writer.size(size)}")
+    return writer.define(Var(name, size, writer.rank - 1, constant, mask))
+
+
+def columns_name(writer: KernelWriter, size: Size) -> str:
+    """Name of the column variable for an axis size: ``cols``, and ``cols_2`` and so on for further sizes."""
+    names = writer.column_names
+    if size not in names:
+        names[size] = "cols" if not names else f"cols_{len(names) + 1}"
+    return names[size]
+
+
+def columns_in_registers(writer: KernelWriter, size: Size) -> Index:
+    """The column variable of an axis that fits a tile, defined at the start of the rows' scope."""
+    name = columns_name(writer, size)
+    var = writer.variables.get(name)
+    if var is None:
+        with writer.detached(writer.row_deps):
+            return define_columns(writer, name, size, column_block(writer, size)[0])
+    return variable(name, size)
+
+
+def reduce_columns(
+    writer: KernelWriter, size: Size, make: Make, kind: str, outer: frozenset[str], hint: str
+) -> Register:
+    """Reduces ``make(column)`` over the columns of an axis; the result varies with ``outer`` only.
+
+    Raises:
+        ColumnConflict: ``outer`` varies along the tile's column axis.
+    """
+    if writer.rank - 1 in writer.axes(outer):
+        raise ColumnConflict("a reduction has no axis of the tile to run along")
+    block, looped = column_block(writer, size)
+    if not looped:
+        column = columns_in_registers(writer, size)
+        value = _neutral(writer, make(column), column, kind)
+        return _reduce_tile(writer, value, kind, outer, hint)
+    name = columns_name(writer, size)
+    total = writer.unique(hint)
+    with writer.detached(outer):
+        with writer.block(f"for start in range(0, {writer.size(size)}, BLOCK_{name.upper()}):") as scope:
+            column = define_columns(writer, name, size, block, "start")
+            value = _neutral(writer, make(column), column, kind)
+            part = _reduce_tile(writer, value, kind, outer | column.deps, f"{hint}_part")
+            writer.statement(f"{total} = {_COMBINE[kind].format(total, part.text)}")
+            scope.before.append(f"{total} = {_initial(writer, value.dtype, kind, outer)}")
+    return Register(total, value.dtype, outer)
+
+
+def _reduce_tile(writer: KernelWriter, value: Register, kind: str, deps: frozenset[str], hint: str) -> Register:
+    axis = "1, keep_dims=True" if writer.rank == 2 else "0"
+    return Register(writer.emit(hint, f"{_REDUCE[kind]}({value.text}, {axis})", deps), value.dtype, deps)
+
+
+def _identity(dtype: torch.dtype, kind: str) -> str:
+    if kind == "sum":
+        return "0.0" if dtype.is_floating_point else "0"
+    if dtype.is_floating_point:
+        return 'float("-inf")' if kind == "max" else 'float("inf")'
+    info = torch.iinfo(dtype)
+    return str(info.min if kind == "max" else info.max)
+
+
+def _initial(writer: KernelWriter, dtype: torch.dtype, kind: str, deps: frozenset[str]) -> str:
+    shape = ", ".join(writer.shape(deps))
+    return f"tl.full([{shape}], {_identity(dtype, kind)}, {TL_TYPES[dtype]})"
+
+
+def _neutral(writer: KernelWriter, value: Register, column: Index, kind: str) -> Register:
+    """The value with columns that do not count replaced by what leaves the reduction unchanged."""
+    deps = value.deps | column.deps
+    mask = writer.mask(column.deps)
+    if mask is None and column.deps <= value.deps:
+        return value
+    # A value that does not vary along the columns has to be counted once for each of them.
+    kept = mask or f"{column.terms[0][0].name} >= 0"  # type: ignore[union-attr]
+    text = writer.emit(f"{value.text}_kept", f"tl.where({kept}, {value.text}, {_identity(value.dtype, kind)})", deps)
+    return Register(text, value.dtype, deps)
+
+
+def reduce_places(
+    writer: KernelWriter, size: Size, make: Make, kind: str, outer: frozenset[str], hint: str
+) -> Register:
+    """Reduces over single places in a loop, for an axis that is not the tile's column axis."""
+    total = writer.unique(hint)
+    with writer.detached(outer):
+        name = writer.unique("place")
+        with writer.block(f"for {name} in range(0, {writer.size(size)}):") as scope:
+            place = writer.define(Var(name, size))
+            value = make(place)
+            missing = writer.shape(outer) != writer.shape(value.deps)
+            text = f"tl.broadcast_to({value.text}, {', '.join(writer.shape(outer))})" if missing else value.text
+            writer.statement(f"{total} = {_COMBINE[kind].format(total, text)}")
+            scope.before.append(f"{total} = {_initial(writer, value.dtype, kind, outer)}")
+    return Register(total, value.dtype, outer)
+
+
+def evaluate(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
+    """The value of a reduction, norm, softmax or prefix sum at an index of its result."""
+    if traits_of(node.target).flow is Flow.REDUCE:
+        return _reduction(ev, node, index)
+    rule = _LAST_AXIS.get(node.target)
+    if rule is None:
+        raise CodegenError(f"op {node.target} has no kernel", where=where(node))
+    return rule(ev, node, index)
+
+
+def _deps(index: tuple[Index, ...]) -> frozenset[str]:
+    return frozenset(name for part in index for name in part.deps)
+
+
+def _reduction(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
+    """sum, mean, amax and amin over any axes."""
+    given = list(arguments(node).items())
+    traits = traits_of(node.target)
+    source: Node = given[0][1]
+    shape = fact(source, TensorType).shape
+    axes_arg = given[traits.axes_arg or 1][1]
+    axes_arg = [axes_arg] if isinstance(axes_arg, int) else axes_arg
+    axes = sorted({int(axis) % len(shape) for axis in (axes_arg or range(len(shape)))})
+    keep = dict(given).get("keepdim", False)
+    dtype = compute_dtype(fact(node, TensorType).dtype)
+    left = iter(index)
+    outer = [next(left) if axis not in axes or keep else Index() for axis in range(len(shape))]
+    reduced = [shape[axis] for axis in axes]
+    kind = {"mean": "sum"}.get(traits.reduce or "", traits.reduce or "")
+    if kind in ("any", "all"):
+        raise CodegenError(f"op {node.target} has no kernel", where=where(node))
+
+    def make(place: Index) -> Register:
+        full = list(outer)
+        for axis, part in zip(axes, unravel(place, reduced), strict=True):
+            full[axis] = part
+        return ev.number(source, tuple(full), dtype)
+
+    deps = _deps(tuple(outer[axis] for axis in range(len(shape)) if axis not in axes))
+    size = product(reduced)
+    hint = traits.reduce or "sum"
+    writer = ev.writer
+    if writer.rank - 1 in writer.axes(deps):
+        if not writer.loop_places:
+            raise ColumnConflict("the reduced axis is not the last", where=where(node))
+        result = reduce_places(writer, size, make, kind, deps, hint)
+    else:
+        result = reduce_columns(writer, size, make, kind, deps, hint)
+    if traits.reduce == "mean":
+        return Register(writer.emit("mean", f"{result.text} / {writer.size(size)}", deps), dtype, deps)
+    return result
+
+
+def _norm_parts(
+    ev: "Evaluator", node: Node, index: tuple[Index, ...]
+) -> tuple[Make, Size, frozenset[str], torch.dtype]:
+    given = arguments(node)
+    source: Node = given["input"]
+    kind = fact(source, TensorType)
+    if len(given["normalized_shape"]) != 1:
+        raise CodegenError("a norm over several axes has no kernel", where=where(node))
+    dtype = compute_dtype(kind.dtype)
+    return (lambda c: ev.number(source, (*index[:-1], c), dtype)), kind.shape[-1], _deps(index[:-1]), dtype
+
+
+def _scaled(ev: "Evaluator", node: Node, index: tuple[Index, ...], text: str, deps: frozenset[str]) -> Register:
+    """The normalized value times the weight plus the bias, as far as given."""
+    given = arguments(node)
+    dtype = compute_dtype(fact(node, TensorType).dtype)
+    for name, operator in (("weight", "*"), ("bias", "+")):
+        if isinstance(given.get(name), Node):
+            operand = ev.number(given[name], index[-1:], dtype)
+            text, deps = f"{text} {operator} {operand.text}", deps | operand.deps
+    return Register(ev.writer.emit(op_name(node), text, deps), dtype, deps)
+
+
+def _layer_norm(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
+    x, size, outer, dtype = _norm_parts(ev, node, index)
+    writer, count = ev.writer, ev.writer.size(size)
+    total = reduce_columns(writer, size, x, "sum", outer, "total")
+    mean = writer.emit("mean", f"{total.text} / {count}", outer)
+
+    def squared(column: Index) -> Register:
+        value = x(column)
+        deps = value.deps | outer
+        # Columns past the end hold 0 - mean: they are left out before they are squared and summed.
+        mask = writer.mask(column.deps)
+        distance = f"{value.text} - {mean}"
+        kept = distance if mask is None else f"tl.where({mask}, {distance}, 0.0)"
+        away = writer.emit("centered", kept, deps)
+        return Register(writer.emit("squared", f"{away} * {away}", deps), dtype, deps)
+
+    spread = reduce_columns(writer, size, squared, "sum", outer, "spread")
+    rstd = writer.emit("rstd", f"tl.rsqrt({spread.text} / {count} + {literal(arguments(node)['eps'])})", outer)
+    value = x(index[-1])
+    return _scaled(ev, node, index, f"({value.text} - {mean}) * {rstd}", value.deps | outer)
+
+
+def _rms_norm(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
+    x, size, outer, dtype = _norm_parts(ev, node, index)
+    writer = ev.writer
+    eps = arguments(node)["eps"]
+    # torch takes the epsilon of the type it computes in where none is given.
+    eps = torch.finfo(dtype).eps if eps is None else eps
+
+    def squared(column: Index) -> Register:
+        value = x(column)
+        return Register(writer.emit("squared", f"{value.text} * {value.text}", value.deps), dtype, value.deps)
+
+    total = reduce_columns(writer, size, squared, "sum", outer, "total")
+    rstd = writer.emit("rstd", f"tl.rsqrt({total.text} / {writer.size(size)} + {literal(eps)})", outer)
+    value = x(index[-1])
+    return _scaled(ev, node, index, f"{value.text} * {rstd}", value.deps | outer)
+
+
+def _softmax(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
+    given = arguments(node)
+    source: Node = given["self"]
+    shape = fact(source, TensorType).shape
+    axis = int(given["dim"]) % len(shape)
+    dtype = compute_dtype(fact(node, TensorType).dtype)
+    outer = _deps((*index[:axis], *index[axis + 1 :]))
+    writer = ev.writer
+
+    def x(column: Index) -> Register:
+        return ev.number(source, (*index[:axis], column, *index[axis + 1 :]), dtype)
+
+    peak = reduce_columns(writer, shape[axis], x, "max", outer, "peak")
+
+    def weight(column: Index) -> Register:
+        value = x(column)
+        deps = value.deps | outer
+        return Register(writer.emit("weight", f"tl.exp({value.text} - {peak.text})", deps), dtype, deps)
+
+    total = reduce_columns(writer, shape[axis], weight, "sum", outer, "total")
+    value = weight(index[axis])
+    return Register(writer.emit("softmax", f"{value.text} / {total.text}", value.deps), dtype, value.deps)
+
+
+def _cumsum(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
+    given = arguments(node)
+    source: Node = given["self"]
+    shape = fact(source, TensorType).shape
+    axis = int(given["dim"]) % len(shape)
+    dtype = compute_dtype(fact(node, TensorType).dtype)
+    outer = _deps((*index[:axis], *index[axis + 1 :]))
+    writer = ev.writer
+    column = index[axis]
+    along = writer.rank - 1
+    if (
+        along in writer.axes(outer)
+        or along not in writer.axes(column.deps)
+        or column.const != 0
+        or len(column.terms) != 1
+    ):
+        raise ColumnConflict("a prefix sum must run along the columns of the tile", where=where(node))
+    value = ev.number(source, index, dtype)
+    deps = value.deps | column.deps
+    value = _neutral(writer, value, column, "sum")
+    text = writer.emit("cumsum", f"tl.cumsum({value.text}, {along})", deps)
+    scope = writer.scope_of(deps)
+    if scope.head is None or not scope.head.startswith("for start"):
+        return Register(text, dtype, deps)
+    carry = writer.unique("carry")
+    scope.before.append(f"{carry} = {_initial(writer, dtype, 'sum', outer)}")
+    result = writer.emit("cumsum", f"{text} + {carry}", deps)
+    block = _reduce_tile(writer, value, "sum", deps, "block_total")
+    scope.lines.append(f"{carry} += {block.text}")
+    return Register(result, dtype, deps)
+
+
+_LAST_AXIS: dict[object, Callable[["Evaluator", Node, tuple[Index, ...]], Register]] = {
+    aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
+    aten.softmax.int: _softmax,
+    aten.cumsum.default: _cumsum,
+}
