@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from tilewright.errors import CaptureError
+from tilewright.ir.facts import where
 from tilewright.ir.graph import update_info
 from tilewright.models.export import example_sizes, graph_of, run_export
 from tilewright.models.inputs import (
@@ -18,7 +19,6 @@ from tilewright.models.inputs import (
     TensorArgument,
     forward_parameters,
     implied_inputs,
-    implied_statics,
     name_arguments,
     signature_of,
 )
@@ -100,8 +100,10 @@ def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) 
     from tilewright.models.hooks import NAME, attention_implementation
 
     choices: list[str | None] = [None]
-    if _is_pretrained(model):
-        choices = ["eager"] if dict(signature.statics).get("output_attentions") else [NAME, "sdpa", "eager"]
+    if dict(signature.statics).get("output_attentions"):
+        choices = ["eager"] if _has_hooks(model) else [None]
+    elif _has_hooks(model):
+        choices = [NAME, None]
     tried: dict[str, str] = {}
     defaults = dict(implied_inputs(model))
     validity = "attention_mask" if any(t.name == "attention_mask" and t.ndim == 2 for t in signature.tensors) else None
@@ -112,10 +114,12 @@ def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) 
             with attention_implementation(model, choice) if choice else nullcontext():
                 try:
                     program = run_export(model, args, kwargs, dynamic)
-                    return graph_of(program, defaults=defaults, validity=validity, name=name), tried
+                    gm = graph_of(program, defaults=defaults, validity=validity, name=name)
+                    _check_masks(gm)
+                    return gm, tried
                 except CaptureError as caught:
                     error = error or caught
-                    tried[f"capture with {choice or 'the example'}"] = f"{caught.what}: {caught.why}"
+                    tried[f"capture with {choice or 'own'} attention"] = f"{caught.what}: {caught.why}"
             if example is None:
                 break
     assert error is not None
@@ -180,6 +184,25 @@ def _longest(model: nn.Module) -> int | None:
     return next((n for n in found if isinstance(n, int) and n > 0), None)
 
 
+def _has_hooks(model: nn.Module) -> bool:
+    """True when all attention goes through transformers' interface; a model that does not must keep its own masks."""
+    pretrained = [m for m in model.modules() if _is_pretrained(m) and hasattr(m, "_can_set_attn_implementation")]
+    return bool(pretrained) and all(m._can_set_attn_implementation() for m in pretrained)  # type: ignore[operator]
+
+
+def _check_masks(gm: GraphModule) -> None:
+    """The mask the hook hands out is [B, S]: code of the model that computes with it expects another shape.
+
+    Raises:
+        CaptureError: something other than attention reads it.
+    """
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.tilewright.attention.default):
+        valid = node.args[3]
+        for user in valid.users if valid is not None else ():
+            if user.target is not node.target:
+                raise CaptureError("the model computes with its attention mask outside attention", where=where(user))
+
+
 def _is_pretrained(model: Any) -> bool:
     config = getattr(model, "config", None)
     return isinstance(model, nn.Module) and hasattr(config, "_attn_implementation")
@@ -204,6 +227,3 @@ def _capture_program(program: ExportedProgram, dtype: torch.dtype | None, name: 
     return graph_of(
         functional, defaults={}, validity="attention_mask" if "attention_mask" in names else None, name=name
     )
-
-
-__all__ = ["capture", "cast_copy", "default_signature", "example_call", "implied_statics"]

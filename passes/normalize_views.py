@@ -1,0 +1,254 @@
+"""One spelling for ops that only move elements; those that move nothing are removed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tilewright.ir.facts import TensorType, TupleType, fact
+from tilewright.ir.graph import Level
+from tilewright.ir.sizes import Size
+from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.rewrite import Rewriter, argument, erase_dead, is_call, operand, rank_of, shape_of, size_value
+
+aten = torch.ops.aten
+Rule = Callable[[Rewriter, Node], Node | None]
+_RULES: dict[Any, Rule] = {}
+
+
+def _rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def add(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return add
+
+
+@dataclass(frozen=True)
+class NormalizeViews(Pass):
+    """Rewrites views to reshape, permute, unsqueeze, squeeze.dims, expand, slice, select.int and cat, axes from 0."""
+
+    name: ClassVar[str] = "normalize_views"
+    requires: ClassVar[Level] = Level.EXPORTED
+    ensures: ClassVar[Level] = Level.EXPORTED
+
+    def run(self, gm: GraphModule) -> PassResult:
+        rw = Rewriter(gm, self.name)
+        for node in list(gm.graph.nodes):
+            rule = _RULES.get(node.target) if node.op == "call_function" else None
+            new = rule(rw, node) if rule else None
+            if new is not None and new is not node:
+                rw.replace(node, new)
+        dead = erase_dead(gm)
+        gm.recompile()
+        return PassResult(gm, bool(rw.changes or dead), {"views": rw.changes})
+
+
+def _axis(axis: Any, rank: int) -> int:
+    return int(axis) % rank if rank else 0
+
+
+@_rule(
+    aten.contiguous.default, aten.alias.default, aten.detach.default, aten.clone.default, aten.lift_fresh_copy.default,
+    aten.lift.default, aten.positive.default, aten.resolve_conj.default,
+    aten.resolve_neg.default,
+)  # fmt: skip
+def _identity(rw: Rewriter, node: Node) -> Node | None:
+    return operand(node)
+
+
+@_rule(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
+def _dropout(rw: Rewriter, node: Node) -> Node | None:
+    return operand(node) if node.args[2] is False or node.args[1] == 0 else None
+
+
+@_rule(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints, aten.unflatten.int,
+    aten.view_as.default, aten.reshape_as.default,
+)  # fmt: skip
+def _reshape(rw: Rewriter, node: Node) -> Node | None:
+    source = operand(node)
+    while is_call(source, aten.reshape.default):
+        source = operand(source)
+    type_ = fact(node, TensorType)
+    if type_.shape == shape_of(source):
+        return source
+    given = node.args[1] if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) else []
+    sizes = _size_arguments(rw, node, type_.shape, list(given), source)
+    if is_call(node, aten.reshape.default) and node.args == (source, sizes):
+        return None
+    return rw.call(node, aten.reshape.default, source, sizes, type=type_)
+
+
+def _size_arguments(rw: Rewriter, node: Node, shape: tuple[Size, ...], given: list[Any], source: Node) -> list[Any]:
+    """Sizes as ints where they are constant, else as the nodes given; -1 for at most one size no node stands for."""
+    known = [arg for arg in given if isinstance(arg, Node)]
+    sizes: list[Any] = []
+    missing = [s for s in shape if not isinstance(s, int) and not any(size_value(k) == s for k in known)]
+    for size in shape:
+        if isinstance(size, int):
+            sizes.append(size)
+            continue
+        node_of = next((k for k in known if size_value(k) == size), None)
+        if node_of is None and len(missing) == 1:
+            sizes.append(-1)
+        else:
+            sizes.append(node_of if node_of is not None else rw.size(node, size, [source]))
+    return sizes
+
+
+@_rule(
+    aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default, aten.mT.default,
+    aten.swapaxes.default, aten.swapdims.default, aten.movedim.int, aten.movedim.intlist,
+)  # fmt: skip
+def _permute(rw: Rewriter, node: Node) -> Node | None:
+    source = operand(node)
+    order = _order(node, rank_of(source))
+    if is_call(source, aten.permute.default):
+        inner = source.args[1]
+        order = [inner[i] for i in order]
+        source = operand(source)
+    if order == sorted(order):
+        return source
+    if is_call(node, aten.permute.default) and node.args == (source, order):
+        return None
+    return rw.call(node, aten.permute.default, source, order, type=fact(node, TensorType))
+
+
+def _order(node: Node, rank: int) -> list[int]:
+    """The permutation: axis i of the result is axis order[i] of the operand, read off a tensor of sizes that differ."""
+    probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
+    moved: torch.Tensor = node.target(probe, *node.args[1:])
+    return [size - 2 for size in moved.shape]
+
+
+@_rule(aten.unsqueeze.default)
+def _unsqueeze(rw: Rewriter, node: Node) -> Node | None:
+    source = operand(node)
+    axis = _axis(node.args[1], rank_of(source) + 1)
+    if axis == node.args[1]:
+        return None
+    return rw.call(node, aten.unsqueeze.default, source, axis, type=fact(node, TensorType))
+
+
+@_rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(rw: Rewriter, node: Node) -> Node | None:
+    source = operand(node)
+    shape = shape_of(source)
+    wanted = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+    wanted = [wanted] if isinstance(wanted, int) else wanted
+    axes = sorted({_axis(a, len(shape)) for a in wanted if shape[_axis(a, len(shape))] == 1})
+    if not axes:
+        return source
+    if is_call(node, aten.squeeze.dims) and node.args[1] == axes:
+        return None
+    return rw.call(node, aten.squeeze.dims, source, axes, type=fact(node, TensorType))
+
+
+@_rule(aten.expand.default, aten.expand_as.default, aten.broadcast_to.default)
+def _expand(rw: Rewriter, node: Node) -> Node | None:
+    source = operand(node)
+    type_ = fact(node, TensorType)
+    if type_.shape == shape_of(source):
+        return source
+    if is_call(node, aten.expand_as.default):
+        other = operand(node, 1)
+        sizes: list[Any] = [rw.size(node, s, [other]) for s in type_.shape]
+    else:
+        offset = len(type_.shape) - rank_of(source)
+        kept = (None,) * offset + shape_of(source)
+        pairs = zip(node.args[1], type_.shape, kept, strict=True)
+        sizes = [size if isinstance(size, int) else -1 if size == old else arg for arg, size, old in pairs]
+    if is_call(node, aten.expand.default) and node.args[1] == sizes:
+        return None
+    return rw.call(node, aten.expand.default, source, sizes, type=type_)
+
+
+@_rule(aten.slice.Tensor)
+def _slice(rw: Rewriter, node: Node) -> Node | None:
+    source = operand(node)
+    axis = _axis(argument(node, 1, "dim", 0), rank_of(source))
+    start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    old, new = shape_of(source)[axis], shape_of(node)[axis]
+    start = 0 if start is None else start
+    if start == 0 and step == 1 and old == new:
+        return source
+    if isinstance(old, int) and isinstance(start, int):
+        start = max(0, start + old if start < 0 else start)
+    if isinstance(new, int) and isinstance(start, int) and start >= 0 and step == 1:
+        end = start + new
+    elif end is None:
+        end = 2**63 - 1
+    if node.args == (source, axis, start, end, step):
+        return None
+    return rw.call(node, aten.slice.Tensor, source, axis, start, end, step, type=fact(node, TensorType))
+
+
+@_rule(aten.select.int)
+def _select(rw: Rewriter, node: Node) -> Node | None:
+    source = operand(node)
+    axis, index = _axis(node.args[1], rank_of(source)), node.args[2]
+    size = shape_of(source)[axis]
+    if isinstance(size, int) and isinstance(index, int):
+        index %= size
+    if node.args == (source, axis, index):
+        return None
+    return rw.call(node, aten.select.int, source, axis, index, type=fact(node, TensorType))
+
+
+@_rule(aten.cat.default)
+def _cat(rw: Rewriter, node: Node) -> Node | None:
+    parts = list(node.args[0])
+    axis = _axis(argument(node, 1, "dim", 0), rank_of(node))
+    if len(parts) == 1:
+        return parts[0]
+    if node.args == (parts, axis):
+        return None
+    return rw.call(node, aten.cat.default, parts, axis, type=fact(node, TensorType))
+
+
+@_rule(aten.stack.default)
+def _stack(rw: Rewriter, node: Node) -> Node | None:
+    axis = _axis(argument(node, 1, "dim", 0), rank_of(node))
+    parts = [rw.call(node, aten.unsqueeze.default, part, axis) for part in node.args[0]]
+    return rw.call(node, aten.cat.default, parts, axis, type=fact(node, TensorType))
+
+
+@_rule(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int, aten.split.sizes,
+    aten.unsafe_split.Tensor, aten.unsafe_chunk.default,
+)  # fmt: skip
+def _split(rw: Rewriter, node: Node) -> Node | None:
+    """Each part that is used becomes a slice (of unbind: a select)."""
+    source = operand(node)
+    by_one = node.target is aten.unbind.int
+    axis = _axis(argument(node, 1 if by_one else 2, "dim", 0), rank_of(source))
+    parts = sorted((user for user in node.users), key=lambda user: user.args[1])
+    sizes = [] if by_one else _part_sizes(node, axis)
+    if sizes is None:
+        return None
+    for part in parts:
+        index = part.args[1]
+        type_ = fact(part, TensorType)
+        if by_one:
+            new = rw.call(part, aten.select.int, source, axis, index, type=type_)
+        else:
+            start = sum(sizes[:index])
+            new = rw.call(part, aten.slice.Tensor, source, axis, start, start + sizes[index], 1, type=type_)
+        rw.replace(part, new)
+    return None
+
+
+def _part_sizes(node: Node, axis: int) -> list[int] | None:
+    sizes = [item.shape[axis] for item in fact(node, TupleType).items]
+    return [int(s) for s in sizes] if all(isinstance(s, int) for s in sizes) else None
+
+
+@_rule(aten.embedding.default)
+def _embedding(rw: Rewriter, node: Node) -> Node | None:
+    """The arguments after the indices matter in training only."""
+    if len(node.args) == 2 and not node.kwargs:
+        return None
+    return rw.call(node, aten.embedding.default, *node.args[:2], type=fact(node, TensorType))
