@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tilewright.codegen.evaluate import Evaluator
-from tilewright.codegen.index import Index, constant, linear, same_count, unravel, variable
+from tilewright.codegen.index import Index, constant, linear, same_size, unravel, variable
 from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments, op_name
 from tilewright.codegen.reductions import (
@@ -144,11 +144,22 @@ def _plans(outputs: list[Output], inputs: Inputs) -> list[Plan]:
         return [Plan("rows"), Plan("rows", loop_places=True)]
     rank = 2 if short else 1
     if reducing:
-        return [Plan("rows", rank), Plan("scalars", rank), Plan("rows", rank, loop_places=True)]
+        plans = [Plan("scalars", rank), Plan("rows", rank, loop_places=True)]
+        return [Plan("rows", rank), *(plans if all(_reduces_last(node) for node in reducing) else plans[::-1])]
     one_size = len({product(output.shape) for output in outputs}) == 1
     one_width = len(set(last)) == 1
     plans = [Plan("flat")] if one_size else []
     return [*plans, Plan("rows" if short or not one_width else "tiles", rank)]
+
+
+def _reduces_last(node: Node) -> bool:
+    """Whether the last axis is among those a node reduces, so that its elements lie next to one another."""
+    traits = traits_of(node.target)
+    if traits.flow is not Flow.REDUCE:
+        return True
+    axes = list(arguments(node).values())[traits.axes_arg or 1]
+    rank = len(fact(node.all_input_nodes[0], TensorType).shape)
+    return not axes or any(int(axis) % rank == rank - 1 for axis in axes)
 
 
 def _needed(outputs: list[Output], inputs: Inputs) -> list[Node]:
@@ -180,6 +191,8 @@ def _write(graph: GraphModule, inputs: Inputs, outputs: list[Output], plan: Plan
     else:
         if plan.kind == "scalars":
             rows = product(outputs[0].shape)
+            if not all(same_size(product(output.shape), rows) for output in outputs):
+                raise ColumnConflict("results differ in their number of elements")
         row, block = _define_rows(writer, rows, outputs)
         tiles = ceil_div(outputs[0].shape[-1], _tile_columns(outputs[0].shape[-1])) if plan.kind == "tiles" else 1
         grid = (ceil_div(rows, block), tiles, 1)
@@ -247,6 +260,8 @@ def _store(evaluator: Evaluator, output: Output, row: Index, plan: Plan) -> None
         inner = (column,) if output.scatter is None else unravel(column, shape[1:])
         return (*unravel(row, outer), *inner)
 
+    if width == 1:
+        return _put(evaluator, output, at(constant(0)))
     if plan.kind == "tiles":
         block = _tile_columns(width)
         return _put(evaluator, output, at(_column_once(writer, width, block, f"tl.program_id(1) * {block}")))
@@ -302,4 +317,4 @@ def _text(output: Output) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-__all__ = ["Output", "Plan", "emit_rows", "same_count", "store"]
+__all__ = ["Output", "Plan", "emit_rows", "store"]
