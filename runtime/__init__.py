@@ -1,1 +1,1 @@
-"""Programs: planned memory, steps and their execution. No fx graphs here."""
+"""Runs programs: planned memory, weights laid out at load time, and lists of steps executed without a graph."""

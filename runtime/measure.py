@@ -1,0 +1,75 @@
+"""Times GEMM variants on this machine, for the tables that ``passes.specialize`` makes."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from tilewright.runtime.weights import PackedLinear, lay_out, linear_into
+
+_FEWEST_REPEATS = 3
+_MOST_REPEATS = 200
+
+Make = Callable[[int], Callable[[], None]]
+
+
+def measure_gemm(
+    variants: Mapping[str, Make], rows: Sequence[int], budget_s: float
+) -> dict[str, tuple[tuple[int, float], ...]]:
+    """Times each variant at each row count; the variants take turns, so a change of clock rate meets all of them.
+
+    Args:
+        variants: by name, a function that prepares a run of a given row count and returns it.
+        rows: row counts.
+        budget_s: seconds to spend in all; every pair is run at least three times whatever the budget.
+
+    Returns:
+        For each variant, (rows, median seconds), sorted by rows: the form ``tilewright.ir.measurements`` keeps.
+    """
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in variants}
+    ordered = sorted(set(rows))
+    end = time.perf_counter() + budget_s
+    for done, count in enumerate(ordered):
+        left = max(0.0, end - time.perf_counter()) / (len(ordered) - done)
+        runs = {name: make(count) for name, make in variants.items()}
+        for name, seconds in _interleave(runs, left).items():
+            found[name].append((count, seconds))
+    return {name: tuple(times) for name, times in found.items()}
+
+
+def _interleave(runs: Mapping[str, Callable[[], None]], budget_s: float) -> dict[str, float]:
+    """Median seconds of each run, after one untimed turn that touches its memory."""
+    end = time.perf_counter() + budget_s
+    for run in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(_MOST_REPEATS):
+        if turn >= _FEWEST_REPEATS and time.perf_counter() >= end:
+            break
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def vendor_linear(n: int, k: int, dtype: torch.dtype) -> Make:
+    """The variant "vendor" of ``out[M, N] = x[M, K] @ w[N, K].T + b``, as programs run it, on random numbers."""
+    weight = lay_out(torch.randn(n, k).to(dtype), "vendor")
+    bias = torch.randn(n).to(dtype)
+
+    def make(rows: int) -> Callable[[], None]:
+        x = torch.randn(rows, k).to(dtype)
+        out = torch.empty(rows, n, dtype=dtype)
+
+        def run() -> None:
+            with torch.no_grad():
+                if isinstance(weight, PackedLinear):
+                    weight.apply(x, bias)
+                else:
+                    linear_into(out, x, weight, bias)
+
+        return run
+
+    return make
