@@ -1,0 +1,248 @@
+"""Loops over the elements of a tile: scalar loops around one vector axis, with masks as loop bounds."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tilewright.codegen.cpu.lower.context import Buffer, Context
+from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Mask, Point, Uniform, is_const
+from tilewright.codegen.cpu.lower.plan import is_lazy
+from tilewright.codegen.cpu.lower.ttir import I32, Op, Type, Value
+
+# Vectors of one loop iteration; more only lengthen the code, the processor overlaps iterations by itself.
+UNROLL = 4
+_INDEX_OPS = {
+    "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.constant", "tt.make_range", "tt.splat",
+    "tt.expand_dims", "tt.broadcast", "tt.addptr",
+}  # fmt: skip
+# Gets the point and whether all lanes lie inside the bounds.
+Body = Callable[[Point, bool], None]
+
+
+@dataclass(frozen=True)
+class Conjunct:
+    """One factor of a mask.
+
+    Attributes:
+        value: the factor, of a shape that broadcasts to the mask's.
+        project: turns a point of the mask into one of the factor.
+        axis: the mask's axis whose first elements are those for which it holds, if ``bound`` is given.
+        bound: i32 number of these elements, between 0 and the size.
+    """
+
+    value: Value
+    project: Callable[[Point], Point]
+    axis: int = -1
+    bound: str | None = None
+
+
+def lanes_at(ctx: Context, shape: Sequence[int], axis: int, base: str = "0") -> Lane:
+    """Index lane of the vector axis."""
+    width = min(ctx.width, shape[axis])
+    return Affine(I32, base, 1, width) if width > 1 else Uniform(I32, base)
+
+
+def conjuncts(value: Value, project: Callable[[Point], Point] = lambda p: p) -> list[Conjunct]:
+    """Factors of a mask, looking through broadcasts."""
+    op = value.op
+    if op is None or not value.type.is_tensor:
+        return [Conjunct(value, project)]
+    if op.name == "arith.andi":
+        return conjuncts(op.operands[0], project) + conjuncts(op.operands[1], project)
+    if op.name == "tt.broadcast":
+        source = op.operands[0]
+        return conjuncts(source, lambda p: broadcast_point(source.shape, project(p)))
+    if op.name == "tt.expand_dims":
+        axis = op.int_attr("axis")
+        return conjuncts(op.operands[0], lambda p: _without(project(p), axis))
+    return [Conjunct(value, project)]
+
+
+def broadcast_point(shape: Sequence[int], point: Point) -> Point:
+    """Point of an operand of the given shape under a broadcast."""
+    return tuple(ZERO if size == 1 else index for size, index in zip(shape, point, strict=True))
+
+
+def _without(point: Point, axis: int) -> Point:
+    return point[:axis] + point[axis + 1 :]
+
+
+def index_like(ctx: Context, value: Value) -> bool:
+    """Whether a value is plain index arithmetic, cheap to evaluate anywhere."""
+    op = value.op
+    if not value.type.is_tensor:
+        return True
+    if op is None or op.name not in _INDEX_OPS or value in ctx.bindings:
+        return False
+    return all(index_like(ctx, operand) for operand in op.operands)
+
+
+def bounded(ctx: Context, mask: Value) -> list[Conjunct]:
+    """Factors of a mask, with bounds where a factor says ``index < limit`` along one axis."""
+    found = []
+    for part in conjuncts(mask):
+        op = part.value.op
+        direct = op is not None and op.name == "arith.cmpi" and part.value not in ctx.bindings
+        if direct and op is not None and all(index_like(ctx, v) for v in op.operands):
+            part = _with_bound(ctx, part, mask.shape)
+        found.append(part)
+    return found
+
+
+def _with_bound(ctx: Context, part: Conjunct, shape: tuple[int, ...]) -> Conjunct:
+    marks = tuple(Uniform(I32, f"axis{axis}") for axis in range(len(shape)))
+    kept = part.project(marks)
+    axes = [marks.index(kept[axis]) for axis in ctx.plan.axes(part.value) if kept[axis] in marks]
+    if len(axes) != 1:
+        return part
+    axis = axes[0]
+    point = tuple(Affine(I32, "0", 1, size) if a == axis else ZERO for a, size in enumerate(shape))
+    lane = ctx.value(part.value, part.project(point))
+    if not isinstance(lane, Mask) or lane.bound is None or lane.uniform or lane.vector:
+        return part
+    size = str(shape[axis])
+    return Conjunct(part.value, part.project, axis, ctx.b.int_max(ctx.b.int_min(lane.bound, size), "0"))
+
+
+def assume(ctx: Context, parts: Sequence[Conjunct], point: Point, full: bool, vector_axis: int) -> None:
+    """Records what the loops around ``point`` guarantee about the factors of a mask."""
+    for part in parts:
+        if part.bound is None or (part.axis == vector_axis and not full):
+            continue
+        lane = ctx.value(part.value, part.project(point))
+        if isinstance(lane, Mask) and lane.bound is not None:
+            ctx.assumed.add(lane.bound)
+        elif isinstance(lane, Uniform):
+            ctx.assumed.add(lane.ref)
+
+
+def bounds_of(ctx: Context, parts: Sequence[Conjunct]) -> dict[int, str]:
+    """Loop bound of each axis that has one."""
+    bounds: dict[int, str] = {}
+    for part in parts:
+        if part.bound is not None:
+            bounds[part.axis] = ctx.b.int_min(bounds.get(part.axis, part.bound), part.bound)
+    return bounds
+
+
+def nest(
+    ctx: Context,
+    shape: Sequence[int],
+    axis: int,
+    body: Body,
+    bounds: dict[int, str] | None = None,
+    unroll: int = UNROLL,
+) -> None:
+    """Runs ``body`` over a tile.
+
+    Args:
+        axis: the vector axis, innermost.
+        bounds: i32 numbers of elements of axes to visit, from 0 to the size.
+    """
+    bounds = bounds or {}
+    others = [a for a in range(len(shape)) if a != axis]
+
+    def inner(point: list[Lane]) -> None:
+        if axis in bounds:
+            _bounded_vectors(ctx, shape, axis, bounds[axis], point, body)
+        else:
+            _vectors(ctx, shape, axis, point, body, unroll)
+
+    def scalar_loops(depth: int, point: list[Lane]) -> None:
+        if depth == len(others):
+            inner(point)
+            return
+        at = others[depth]
+        if shape[at] == 1 and at not in bounds:
+            scalar_loops(depth + 1, point)
+            return
+
+        def step(index: str, _: list[str]) -> list[str]:
+            scalar_loops(depth + 1, [Uniform(I32, index) if a == at else lane for a, lane in enumerate(point)])
+            return []
+
+        ctx.b.loop("0", bounds.get(at, str(shape[at])), "1", [], step)
+
+    scalar_loops(0, [ZERO] * len(shape))
+
+
+def _at(point: Sequence[Lane], axis: int, lane: Lane) -> Point:
+    return tuple(lane if a == axis else index for a, index in enumerate(point))
+
+
+def _vectors(ctx: Context, shape: Sequence[int], axis: int, point: list[Lane], body: Body, unroll: int) -> None:
+    width = min(ctx.width, shape[axis])
+    count = shape[axis] // width
+    copies = min(unroll, count)
+
+    def step(index: str, _: list[str]) -> list[str]:
+        for copy in range(copies):
+            base = ctx.b.int_op("add", index, str(copy * width), I32)
+            body(_at(point, axis, lanes_at(ctx, shape, axis, base)), True)
+        return []
+
+    if count == copies:
+        step("0", [])
+    else:
+        ctx.b.loop("0", str(shape[axis]), str(width * copies), [], step)
+
+
+def _bounded_vectors(ctx: Context, shape: Sequence[int], axis: int, bound: str, point: list[Lane], body: Body) -> None:
+    """Whole vectors up to the bound, then one vector that the masks cut off."""
+    b = ctx.b
+    width = min(ctx.width, shape[axis])
+
+    def step(index: str, _: list[str]) -> list[str]:
+        body(_at(point, axis, lanes_at(ctx, shape, axis, index)), True)
+        return []
+
+    def rest() -> list[str]:
+        body(_at(point, axis, lanes_at(ctx, shape, axis, whole)), False)
+        return []
+
+    whole = str(int(bound) // width * width) if is_const(bound) else b.emit(f"and i32 {bound}, {-width}")
+    b.loop("0", whole, str(width), [], step)
+    if width > 1:
+        b.branch(b.emit(f"icmp slt i32 {whole}, {bound}"), rest)
+
+
+def leaf_pointers(ctx: Context, value: Value) -> list[Value]:
+    """Pointers of the loads, of the same shape, that evaluating a value runs."""
+    op = value.op
+    if value in ctx.bindings or op is None or not is_lazy(op):
+        return []
+    if op.name == "tt.load":
+        return [op.operands[0]]
+    if any(v.shape != value.shape for v in op.operands if v.type.is_tensor):
+        return []
+    return [leaf for v in op.operands for leaf in leaf_pointers(ctx, v)]
+
+
+def best_axis(ctx: Context, shape: Sequence[int], pointers: Sequence[Value]) -> int:
+    """Axis for the vectors: where most accesses are contiguous; the last one of several."""
+    best, best_score = len(shape) - 1, -1.0
+    for axis in reversed(range(len(shape))):
+        width = min(ctx.width, shape[axis])
+        contiguous = sum(1 for pointer in pointers if _is_contiguous(ctx, pointer, axis))
+        # Scratch tiles are contiguous along the last axis, so it counts for half an access in any case.
+        score = width * (contiguous + 0.5 * (axis == len(shape) - 1) + 0.01)
+        if score > best_score:
+            best, best_score = axis, score
+    return best
+
+
+def _is_contiguous(ctx: Context, pointer: Value, axis: int) -> bool:
+    shape = pointer.shape
+    if shape[axis] == 1 or axis not in ctx.plan.axes(pointer):
+        return False
+    point = _at([ZERO] * len(shape), axis, lanes_at(ctx, shape, axis))
+    lane = ctx.value(pointer, point)
+    return isinstance(lane, Affine) and lane.stride == 1
+
+
+def materialize(ctx: Context, value: Value, buffer: Buffer | None = None, op: Op | None = None) -> Buffer:
+    """Evaluates a whole tile into scratch memory (a new buffer unless one is given)."""
+    buffer = buffer or ctx.new_buffer(Type(value.elem, value.shape), op or value.op)
+    target = buffer
+    axis = best_axis(ctx, value.shape, leaf_pointers(ctx, value))
+    nest(ctx, value.shape, axis, lambda point, _: ctx.write(target, point, ctx.value(value, point)))
+    return buffer

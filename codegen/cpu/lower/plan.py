@@ -1,0 +1,211 @@
+"""What to compute where: which tensors get memory, which are recomputed inside the loops of their consumers.
+
+A *root* is an operation that runs loops of its own over its operands (store, reduce, dot, ...). All other tensor
+operations are lazy: they are evaluated point by point inside the loops of the roots that need them. A lazy value
+gets memory (is materialized) when that avoids repeating costly work, or when a store between its definition and its
+use could change what it reads.
+"""
+
+from tilewright.codegen.cpu.lower.ttir import Block, Function, Op, Value, walk
+
+# Relative cost of repeating an operation for one vector; anything else is nearly free.
+_COST = {"tt.load": 1, "arith.divf": 2, "math.sqrt": 2, "math.rsqrt": 3, "tt.precise_divf": 2, "tt.precise_sqrt": 2}
+_COST |= {"tt.extern_elementwise": 6, "arith.remf": 6, "arith.divsi": 4, "arith.remsi": 4, "arith.divui": 4}
+_COST |= {"arith.remui": 4, "tt.gather": 4, "tt.mulhiui": 2, "tt.elementwise_inline_asm": 4}
+_CHEAP_MATH = {"math.absf", "math.fma", "math.floor", "math.ceil", "math.absi"}
+_EXPENSIVE = 2
+ROOTS = {
+    "tt.store", "tt.reduce", "tt.scan", "tt.dot", "tt.atomic_rmw", "tt.atomic_cas", "tt.histogram", "tt.print",
+    "tt.assert", "scf.for", "scf.while", "scf.if", "scf.yield", "scf.condition", "cf.region", "cf.br",
+    "cf.cond_br", "tt.return",
+}  # fmt: skip
+EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas"}
+_LOOPS = {"scf.for", "scf.while"}
+MOVES = {"tt.trans", "tt.reshape", "tt.gather", "tt.join", "tt.split", "tt.cat"}
+
+
+def cost_of(op: Op) -> int:
+    """Cost of repeating one operation."""
+    if op.name.startswith("math.") and op.name not in _CHEAP_MATH:
+        return _COST.get(op.name, 5)
+    return _COST.get(op.name, 0)
+
+
+class Plan:
+    """Static facts and decisions about one function.
+
+    Attributes:
+        users: operations that use a value, once per operand.
+        materialized: lazy values that get memory where they are defined.
+    """
+
+    def __init__(self, function: Function) -> None:
+        self.users: dict[Value, list[Op]] = {}
+        self.materialized: set[Value] = set()
+        self._position: dict[Op, int] = {}
+        self._last: dict[Op, int] = {}
+        self._loops: dict[Op, list[Op]] = {}
+        self._argument_loops: dict[Value, list[Op]] = {}
+        self._axes: dict[Value, frozenset[int]] = {}
+        self._costly: dict[Value, frozenset[Op]] = {}
+        self._roots: dict[Value, frozenset[tuple[Op, bool]]] = {}
+        self._number(function.blocks, [])
+        ops = list(walk(function.blocks))
+        for op in ops:
+            for value in [*op.operands, *(v for _, args in op.targets for v in args)]:
+                self.users.setdefault(value, []).append(op)
+        self._effects = [self._position[op] for op in ops if op.name in EFFECTS]
+        lazy = [op for op in ops if is_lazy(op)]
+        for op in lazy:
+            for value in op.results:
+                if self._worth_memory(value):
+                    self.materialized.add(value)
+        self._roots.clear()
+        for op in lazy:
+            if op.name == "tt.load" and self._crosses_effect(op.result):
+                self.materialized.add(op.result)
+
+    def _number(self, blocks: list[Block], loops: list[Op]) -> None:
+        for block in blocks:
+            for arg in block.args:
+                self._argument_loops[arg] = loops
+            for op in block.ops:
+                self._position[op] = len(self._position)
+                self._loops[op] = loops
+                for region in op.regions:
+                    self._number(region, [*loops, op] if op.name in _LOOPS else loops)
+                self._last[op] = len(self._position) - 1
+
+    def position(self, op: Op) -> int:
+        """Number of an operation in program order."""
+        return self._position[op]
+
+    def end(self, op: Op) -> int:
+        """Number of the last operation in the regions of an operation."""
+        return self._last[op]
+
+    def loops_around(self, value: Value) -> list[Op]:
+        """Loops that hold the definition of a value, from the outside in."""
+        if value.op is not None:
+            return self._loops[value.op]
+        return self._argument_loops.get(value, [])
+
+    def loops_of(self, op: Op) -> list[Op]:
+        """Loops that hold an operation."""
+        return self._loops[op]
+
+    def roots(self, value: Value) -> frozenset[tuple[Op, bool]]:
+        """Operations whose loops evaluate a value; the flag says whether at another point than their own."""
+        if value not in self._roots:
+            found: set[tuple[Op, bool]] = set()
+            for user in self.users.get(value, []):
+                if not is_lazy(user):
+                    found.add((user, False))
+                    continue
+                for result in user.results:
+                    if result in self.materialized:
+                        found.add((user, user.name in MOVES))
+                    else:
+                        moved = user.name in MOVES
+                        found |= {(root, flag or moved) for root, flag in self.roots(result)}
+            self._roots[value] = frozenset(found)
+        return self._roots[value]
+
+    def last_read(self, value: Value) -> int:
+        """Position after which nothing evaluates a value any more.
+
+        A root in a loop that does not hold the definition reads again in every iteration, to the loop's end.
+        """
+        around = self.loops_around(value)
+        last = -1
+        for root, _ in self.roots(value):
+            outer = [loop for loop in self._loops[root] if loop not in around]
+            last = max(last, self._last[outer[0]] if outer else self._position[root])
+        return last
+
+    def costly(self, value: Value) -> frozenset[Op]:
+        """Costly operations that evaluating a value repeats."""
+        if value not in self._costly:
+            found: set[Op] = set()
+            op = value.op
+            if op is not None and is_lazy(op) and value.type.is_tensor:
+                if cost_of(op):
+                    found.add(op)
+                for operand in op.operands:
+                    if operand not in self.materialized:
+                        found |= self.costly(operand)
+            self._costly[value] = frozenset(found)
+        return self._costly[value]
+
+    def axes(self, value: Value) -> frozenset[int]:
+        """Axes along which a tensor may vary."""
+        if value not in self._axes:
+            self._axes[value] = self._find_axes(value)
+        return self._axes[value]
+
+    def _find_axes(self, value: Value) -> frozenset[int]:
+        op = value.op
+        varying = frozenset(axis for axis, size in enumerate(value.shape) if size > 1)
+        if op is None or not is_lazy(op):
+            return varying
+        if op.name == "tt.splat" or (op.name == "arith.constant"):
+            return frozenset()
+        if op.name == "tt.expand_dims":
+            axis = op.int_attr("axis")
+            return frozenset(a + (a >= axis) for a in self.axes(op.operands[0]))
+        if op.name == "tt.trans":
+            order = order_of(op)
+            inner = self.axes(op.operands[0])
+            return frozenset(new for new, old in enumerate(order) if old in inner)
+        if op.name in MOVES or op.name == "tt.make_range":
+            return varying
+        return frozenset().union(*(self.axes(v) for v in op.operands if v.type.is_tensor)) & varying
+
+    def _worth_memory(self, value: Value) -> bool:
+        if not value.type.is_tensor:
+            return False
+        users = set(self.users.get(value, []))
+        costly = self.costly(value)
+        cost = sum(cost_of(op) for op in costly)
+        if not users or not cost:
+            return False
+        around = self.loops_around(value)
+        roots = self.roots(value)
+        repeated = any(len(self._loops[root]) > len(around) for root, _ in roots)
+        if repeated and not self._is_dot_operand(value):
+            return True
+        if self._feeds_broadcast(value) and cost > _EXPENSIVE:
+            return True
+        # A value with one user leaves the decision to that user, which sees the same roots.
+        return len(users) > 1 and len(roots) > 1 and cost >= _EXPENSIVE
+
+    def _is_dot_operand(self, value: Value) -> bool:
+        """A plain load for dot products is read where it is."""
+        if value.op is None or value.op.name not in ("tt.load", "tt.trans"):
+            return False
+        return all(user.name == "tt.dot" or user.name == "tt.trans" for user in self.users.get(value, []))
+
+    def _feeds_broadcast(self, value: Value) -> bool:
+        """Whether a broadcast would make loops repeat this value."""
+        for user in self.users.get(value, []):
+            if user.name == "tt.broadcast" or (
+                user.name in ("tt.expand_dims", "tt.reshape") and self._feeds_broadcast(user.result)
+            ):
+                return True
+        return False
+
+    def _crosses_effect(self, value: Value) -> bool:
+        if value in self.materialized or not value.type.is_tensor or value.op is None:
+            return False
+        start, last = self._position[value.op], self.last_read(value)
+        return any(start < effect < last for effect in self._effects)
+
+
+def is_lazy(op: Op) -> bool:
+    """Whether an operation is evaluated inside its consumers."""
+    return op.name not in ROOTS and any(value.type.is_tensor for value in op.results)
+
+
+def order_of(op: Op) -> tuple[int, ...]:
+    """Permutation of a ``tt.trans``: axis i of the result is axis order[i] of the operand."""
+    return tuple(int(text) for text in op.attrs["order"].partition(":")[2].rstrip(">").split(","))

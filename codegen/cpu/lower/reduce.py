@@ -1,0 +1,232 @@
+"""Reductions with any combine function over any axis, in registers."""
+
+from collections.abc import Callable, Sequence
+
+from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
+from tilewright.codegen.cpu.lower.lanes import ZERO, Lane, Mask, Point, Uniform, Vector, type_of
+from tilewright.codegen.cpu.lower.literals import scalar_literal
+from tilewright.codegen.cpu.lower.nest import best_axis, lanes_at, leaf_pointers, nest
+from tilewright.codegen.cpu.lower.ttir import I1, I32, Block, Elem, Op, Type
+
+# Independent accumulators hide the latency of the combine operation.
+ACCUMULATORS = 4
+_NEUTRAL = {
+    "arith.addf": "-0.0", "arith.mulf": "1.0", "arith.maximumf": "-inf", "arith.minimumf": "inf",
+    "arith.maxnumf": "nan", "arith.minnumf": "nan", "arith.addi": "0", "arith.muli": "1", "arith.ori": "0",
+    "arith.xori": "0", "arith.andi": "-1", "arith.maxui": "0", "arith.minui": "-1",
+}  # fmt: skip
+
+
+def neutral(block: Block, elem: Elem) -> str | None:
+    """Neutral element of a combine function of one operation; None if it has none."""
+    ops = [op for op in block.ops if op.name not in ("arith.extf", "arith.truncf")]
+    if len(ops) != 2 or len(block.args) != 2:
+        return None
+    name = ops[0].name
+    if name in ("arith.maxsi", "arith.minsi"):
+        top = (1 << (elem.bits - 1)) - 1
+        return str(-top - 1 if name == "arith.maxsi" else top)
+    text = _NEUTRAL.get(name)
+    if text is None or not elem.is_float:
+        return text if text is None or elem != I1 else scalar_literal(text, I1)
+    patterns = {"-inf": _infinity(elem, 1), "inf": _infinity(elem, 0), "nan": _nan(elem)}
+    return scalar_literal(patterns.get(text, text), elem)
+
+
+def _fields(elem: Elem) -> tuple[int, int]:
+    exponent = {"f16": 5, "bf16": 8, "f32": 8, "f64": 11, "f8E5M2": 5, "f8E4M3FN": 4}[elem.name]
+    return exponent, elem.bits - 1 - exponent
+
+
+def _infinity(elem: Elem, sign: int) -> str:
+    exponent, mantissa = _fields(elem)
+    return hex((sign << (elem.bits - 1)) | (((1 << exponent) - 1) << mantissa))
+
+
+def _nan(elem: Elem) -> str:
+    exponent, mantissa = _fields(elem)
+    return hex((((1 << exponent) - 1) << mantissa) | (1 << (mantissa - 1)))
+
+
+def combine(ctx: Context, block: Block, left: Sequence[Lane], right: Sequence[Lane]) -> list[Lane]:
+    """Runs a combine function on two tuples of lanes."""
+    values = dict(zip(block.args, [*left, *right], strict=True))
+    for op in block.ops:
+        lanes = [values[v] if v in values else ctx.value(v, ()) for v in op.operands]
+        if op.name in ("tt.reduce.return", "tt.scan.return"):
+            return lanes
+        if op.name == "arith.constant":
+            values[op.result] = Uniform(op.result.elem, scalar_literal(op.attrs["value"], op.result.elem))
+            continue
+        if len(op.results) != 1 or op.regions:
+            raise ctx.unsupported(op, "a combine function may hold only elementwise operations")
+        values[op.result] = ctx.apply(op, lanes)
+    raise ctx.unsupported(block.ops[-1], "a combine function without a result")
+
+
+def as_vector(ctx: Context, lane: Lane, width: int) -> Lane:
+    """The lane as a register, so that it can be carried by a loop."""
+    if not width:
+        return Uniform(I1, "true") if isinstance(lane, Mask) else lane
+    return Vector(lane.elem, ctx.b.vector(lane, width), width)
+
+
+def ref_of(lane: Lane) -> str:
+    """Register of a uniform or vector lane."""
+    assert isinstance(lane, Uniform | Vector)
+    return lane.ref
+
+
+def horizontal(ctx: Context, block: Block, lanes: Sequence[Lane], width: int) -> list[Lane]:
+    """Combines the lanes of vectors with each other, halving them; the order of the elements is kept."""
+    current = list(lanes)
+    while width > 1:
+        pairs = [[], []]  # type: list[list[Lane]]
+        for lane in current:
+            for half in range(2):
+                pairs[half].append(_every_second(ctx, lane, width, half))
+        width //= 2
+        current = combine(ctx, block, pairs[0], pairs[1])
+        current = [as_vector(ctx, lane, width if width > 1 else 0) for lane in current]
+    return current
+
+
+def _every_second(ctx: Context, lane: Lane, width: int, start: int) -> Lane:
+    type_ = type_of(lane.elem, width)
+    ref = ref_of(lane)
+    if width == 2:
+        return Uniform(lane.elem, ctx.b.emit(f"extractelement {type_} {ref}, i32 {start}"))
+    picks = ", ".join(f"i32 {i}" for i in range(start, width, 2))
+    out = ctx.b.emit(f"shufflevector {type_} {ref}, {type_} poison, <{width // 2} x i32> <{picks}>")
+    return Vector(lane.elem, out, width // 2)
+
+
+class _Reduction:
+    """One ``tt.reduce``: shapes, result memory and the loops."""
+
+    def __init__(self, ctx: Context, op: Op) -> None:
+        self.ctx, self.op = ctx, op
+        self.block = op.body()
+        self.along = op.int_attr("axis")
+        self.shape = op.operands[0].shape
+        self.elems = [v.elem for v in op.operands]
+        self.vector_axis = best_axis(ctx, self.shape, leaf_pointers(ctx, op.operands[0]))
+        self.kept = tuple(size for axis, size in enumerate(self.shape) if axis != self.along)
+        self.buffers: list[Buffer] = []
+        if self.kept:
+            self.buffers = [ctx.new_buffer(Type(v.elem, self.kept), op) for v in op.results]
+        starts = [neutral(self.block, elem) for elem in self.elems]
+        self.start = starts[0] if len(starts) == 1 else None
+
+    def full_point(self, kept: Point, index: Lane) -> Point:
+        return (*kept[: self.along], index, *kept[self.along :])
+
+    def inputs(self, point: Point, width: int) -> list[Lane]:
+        return [as_vector(self.ctx, self.ctx.value(v, point), width) for v in self.op.operands]
+
+    def write(self, kept: Point, lanes: Sequence[Lane]) -> None:
+        for buffer, result, lane in zip(self.buffers, self.op.results, lanes, strict=False):
+            if lane.elem != result.elem:
+                raise self.ctx.unsupported(self.op, "a combine function that changes the type")
+            self.ctx.write(buffer, kept, lane)
+
+    def accumulate(self, at: Callable[[str], Point], size: int, step: int, width: int) -> list[Lane]:
+        """Combines elements 0, step, 2 * step, ... below size; ``at`` gives the point of a number."""
+        ctx = self.ctx
+        count = size // step
+        copies = min(ACCUMULATORS, count) if self.start is not None or count > 1 else 1
+        while count % copies:
+            copies -= 1
+        if self.start is not None and count > copies:
+            first = 0
+            accs = [[as_vector(ctx, Uniform(self.elems[0], self.start), width)] for _ in range(copies)]
+        else:
+            first = copies * step
+            accs = [self.inputs(at(str(copy * step)), width) for copy in range(copies)]
+        if first < size:
+            accs = self._loop(accs, at, first, size, step, width)
+        total = accs[0]
+        for acc in accs[1:]:
+            total = self.registers(combine(ctx, self.block, total, acc), width)
+        return total
+
+    def registers(self, lanes: Sequence[Lane], width: int) -> list[Lane]:
+        return [as_vector(self.ctx, lane, width) for lane in lanes]
+
+    def _loop(
+        self, accs: list[list[Lane]], at: Callable[[str], Point], first: int, size: int, step: int, width: int
+    ) -> list[list[Lane]]:
+        ctx, number = self.ctx, len(self.elems)
+        init = [(type_of(lane.elem, width), ref_of(lane)) for acc in accs for lane in acc]
+
+        def body(index: str, carried: list[str]) -> list[str]:
+            out: list[str] = []
+            for copy in range(len(accs)):
+                acc = self._lanes(carried[copy * number : (copy + 1) * number], width)
+                point = at(ctx.b.int_op("add", index, str(copy * step), I32))
+                new = self.registers(combine(ctx, self.block, acc, self.inputs(point, width)), width)
+                out += [ref_of(lane) for lane in new]
+            return out
+
+        done = ctx.b.loop(str(first), str(size), str(step * len(accs)), init, body)
+        return [self._lanes(done[i * number : (i + 1) * number], width) for i in range(len(accs))]
+
+    def _lanes(self, refs: Sequence[str], width: int) -> list[Lane]:
+        pairs = zip(self.elems, refs, strict=True)
+        return [Vector(elem, ref, width) if width else Uniform(elem, ref) for elem, ref in pairs]
+
+    def run(self) -> None:
+        """Writes the loops; results of tensors without other axes become scalars."""
+        if not self.kept:
+            lanes = self._row(())
+            for result, lane in zip(self.op.results, lanes, strict=True):
+                self.ctx.bind(result, Scalar(ref_of(lane)))
+            return
+        if self.vector_axis == self.along:
+            scalar_nest(self.ctx, self.kept, lambda kept: self.write(kept, self._row(kept)))
+        else:
+            axis = self.vector_axis - (self.vector_axis > self.along)
+            nest(self.ctx, self.kept, axis, lambda kept, _: self.write(kept, self._column(kept)), unroll=1)
+        for result, buffer in zip(self.op.results, self.buffers, strict=True):
+            self.ctx.bind(result, buffer)
+
+    def _row(self, kept: Point) -> list[Lane]:
+        width = min(self.ctx.width, self.shape[self.along])
+        lanes = 0 if width == 1 else width
+
+        def at(index: str) -> Point:
+            return self.full_point(kept, lanes_at(self.ctx, self.shape, self.along, index))
+
+        total = self.accumulate(at, self.shape[self.along], width, lanes)
+        return horizontal(self.ctx, self.block, total, lanes) if lanes else total
+
+    def _column(self, kept: Point) -> list[Lane]:
+        width = max((getattr(lane, "width", 0) for lane in kept), default=0)
+        return self.accumulate(
+            lambda index: self.full_point(kept, Uniform(I32, index)), self.shape[self.along], 1, width
+        )
+
+
+def scalar_nest(ctx: Context, shape: Sequence[int], body: Callable[[Point], None]) -> None:
+    """Scalar loops over all axes."""
+
+    def level(point: Point) -> None:
+        depth = len(point)
+        if depth == len(shape):
+            body(point)
+        elif shape[depth] == 1:
+            level((*point, ZERO))
+        else:
+
+            def step(index: str, _: list[str]) -> list[str]:
+                level((*point, Uniform(I32, index)))
+                return []
+
+            ctx.b.loop("0", str(shape[depth]), "1", [], step)
+
+    level(())
+
+
+def lower_reduce(ctx: Context, op: Op) -> None:
+    """``tt.reduce``."""
+    _Reduction(ctx, op).run()
