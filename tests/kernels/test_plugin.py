@@ -1,5 +1,7 @@
 """Tilewright as a backend of stock Triton: imports, choice of driver, launches, caches, Inductor."""
 
+import ctypes
+import gc
 import os
 import subprocess
 import sys
@@ -178,10 +180,17 @@ def test_prepared_kernel_keeps_its_tensors_and_code() -> None:
     expected = torch.arange(100.0)
     prepared = tilewright.prepare(scale_kernel, (2,), torch.arange(100.0), out, 100, 3.0, BLOCK=64)
     scale_kernel.device_caches.clear()
+    gc.collect()
+    # Whatever was freed too early is overwritten by these.
+    fillers = [
+        ctypes.create_string_buffer(b"\xff" * size, size) for size in (8, 16, 24, 32, 40, 48) for _ in range(500)
+    ]
+    tensors = [torch.full((100,), -1.0) for _ in range(50)]
     for _ in range(3):
-        torch.full((100,), -1.0)
         prepared()
         assert torch.equal(out, expected * 3.0)
+    assert len(fillers) == 3000
+    assert all(bool((tensor == -1.0).all()) for tensor in tensors)
 
 
 def test_prepare_refuses_other_callables() -> None:
