@@ -1,16 +1,21 @@
 """The passes that take a graph from exported to normalized, in order; docs/levels.md has the promises."""
 
 from tilewright.passes.base import Pass
+from tilewright.passes.fold_constants import FoldConstants
+from tilewright.passes.merge_equal import MergeEqual
 from tilewright.passes.normalize_pointwise import NormalizePointwise
 from tilewright.passes.normalize_views import NormalizeViews
-from tilewright.passes.simplify import Simplify
+from tilewright.passes.recognize_linear import RecognizeLinear
+from tilewright.passes.recognize_norms import RecognizeNorms
 
 
 def normalization() -> tuple[Pass, ...]:
-    """Passes from exported to normalized.
-
-    Returns:
-        In order: one spelling for elementwise ops and conversions first, since it removes nodes that hide views; then
-        views; then ops with a meaning of their own are recognized; constants are folded last.
-    """
-    return (NormalizePointwise(), NormalizeViews(), Simplify())
+    """Passes from exported to normalized, in order."""
+    return (
+        NormalizePointwise(),  # first: it removes conversions and fills that hide views
+        NormalizeViews(),  # every pattern below knows one spelling of each view
+        FoldConstants(),  # weights that are computed from weights, e.g. 1 + w, become weights
+        RecognizeLinear(),
+        RecognizeNorms(),
+        MergeEqual(),  # last: recognized ops can be equal where their formulas were not
+    )

@@ -1,7 +1,7 @@
-"""Folds constants, merges equal calls, removes what nothing uses; the result is a normalized graph."""
+"""Computes once, at compile time, what depends on constants alone."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -17,21 +17,23 @@ _VIEWS = frozenset({"aten.permute.default", "aten.unsqueeze.default", "aten.sque
 
 
 @dataclass(frozen=True)
-class Simplify(Pass):
-    """Folds, merges and removes; the last pass before the normalized level."""
+class FoldConstants(Pass):
+    """Computes calls whose operands are all constants, where the result is a view of one or small.
 
-    name: ClassVar[str] = "simplify"
+    Weights are read when the model is compiled: a change of them afterwards is seen through views, not through what is
+    computed here.
+    """
+
+    name: ClassVar[str] = "fold_constants"
     requires: ClassVar[Level] = Level.EXPORTED
-    ensures: ClassVar[Level] = Level.NORMALIZED
+    ensures: ClassVar[Level] = Level.EXPORTED
 
     def run(self, gm: GraphModule) -> PassResult:
         rw = Rewriter(gm, self.name)
-        dead = erase_dead(gm)
         folded = sum(_fold(rw, node) for node in list(gm.graph.nodes))
-        merged = _merge(rw)
-        dead += erase_dead(gm)
+        dead = erase_dead(gm)
         gm.recompile()
-        return PassResult(gm, bool(folded or merged or dead), {"folded": folded, "merged": merged, "removed": dead})
+        return PassResult(gm, bool(folded or dead), {"folded": folded})
 
 
 def _fold(rw: Rewriter, node: Node) -> bool:
@@ -56,31 +58,3 @@ def _fold(rw: Rewriter, node: Node) -> bool:
         )
     rw.replace(node, rw.constant(node, result))
     return True
-
-
-def _merge(rw: Rewriter) -> int:
-    """Merges calls of the same op on the same operands: nothing in a graph mutates or draws random numbers."""
-    seen: dict[Any, Node] = {}
-    merged = 0
-    for node in list(rw.graph.nodes):
-        if node.op not in ("call_function", "get_attr"):
-            continue
-        key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
-        first = seen.setdefault(key, node)
-        if first is not node:
-            rw.replace(node, first)
-            merged += 1
-    return merged
-
-
-def _frozen(value: Any) -> Any:
-    """Arguments as a hashable value; numbers of different type stay apart."""
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(item) for item in value)
-    if isinstance(value, dict):
-        return tuple(sorted((key, _frozen(item)) for key, item in value.items()))
-    return (
-        value
-        if isinstance(value, Node | torch.dtype | torch.device | type(None))
-        else (type(value).__name__, repr(value))
-    )
