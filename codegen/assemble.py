@@ -139,7 +139,7 @@ class _Assembler:
             entries = [(upper, variant, self.emit(call, self.builder, variant)) for upper, variant in table.entries]
         except CodegenError as error:
             self.builder.rollback(mark)
-            return [self._eager(call, str(error))]
+            return [self._eager(call, f"{error.what} ({error.why})" if error.why else error.what)]
         if len(entries) == 1:
             return list(entries[0][2])
         steps = [step for _, _, inner in entries for step in inner]

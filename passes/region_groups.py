@@ -135,7 +135,7 @@ def _why_not_rows(producer: Group, consumer: Group, between: tuple[Node, ...]) -
     main = [node for node in nodes if node not in repeated and shape_of(node) is not None]
     splits = row_axes(main)
     if not splits:
-        return _why_no_common_rows(producer, consumer)
+        return _why_no_common_rows(producer, consumer, between)
     edges = [edge for edge in _edges(nodes, nodes) if edge[1].operand not in repeated]
     reasons = []
     for split in splits:
@@ -146,7 +146,12 @@ def _why_not_rows(producer: Group, consumer: Group, between: tuple[Node, ...]) -
     return reasons[0]
 
 
-def _why_no_common_rows(producer: Group, consumer: Group) -> str:
+def _why_no_common_rows(producer: Group, consumer: Group, between: tuple[Node, ...]) -> str:
+    for view in between:
+        for read in operand_reads(view):
+            why = why_not_one_tile(view, read, max(len(read.axes) - 1, 0))
+            if why is not None:
+                return why
     ours, theirs = next(iter(consumer.members)), next(reversed(producer.members))
     return (
         f"'{ours.name}' works on {_text(shape_of(ours))} and '{theirs.name}' on {_text(shape_of(theirs))}, "

@@ -22,15 +22,23 @@ SIZES = {BATCH: 7, SEQ: 13, TOKENS: 53}
 
 
 class GraphBuilder:
-    """A graph under construction; ``values`` holds an example of each node."""
+    """A graph under construction; ``values`` holds an example of each node.
 
-    def __init__(self, level: Level = Level.PACKED, seed: int = 0) -> None:
+    Args:
+        level: that the graph will claim to be at.
+        seed: of all random contents.
+        dtype: of weights, unless they say another.
+    """
+
+    def __init__(self, level: Level = Level.PACKED, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(seed)
         self.level = level
+        self.dtype = dtype
         self.graph = Graph()
         self.root = torch.nn.Module()
         self.values: dict[Node, Any] = {}
         self.inputs: list[InputSpec] = []
+        self.outputs: tuple[Node, ...] = ()
 
     def input(self, name: str, *shape: Size, dtype: torch.dtype = torch.float32, high: int = 5) -> Node:
         """A placeholder with random contents; integers are below ``high``."""
@@ -48,8 +56,9 @@ class GraphBuilder:
         self.values[node] = (torch.arange(SIZES[SEQ])[None, :] < lengths[:, None]).to(torch.int64)
         return node
 
-    def weight(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Node:
-        """A parameter with random contents."""
+    def weight(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Node:
+        """A parameter with random contents; integers count up along the last axis."""
+        dtype = dtype or self.dtype
         tensor = torch.randn(shape, dtype=dtype) if dtype.is_floating_point else torch.arange(shape[-1]).expand(shape)
         self.root.register_buffer(name, tensor)
         node = self.graph.get_attr(name)
@@ -141,7 +150,7 @@ def bert_layer(g: GraphBuilder, x: Node, index: dict[str, Node], prefix: str, he
 
 
 def packed_bert(layers: int = 2, n: int = 32) -> GraphBuilder:
-    """A packed encoder: embeddings, layers, scatter, pooler. Call ``done`` on its last two nodes, in ``outputs``."""
+    """A packed encoder: embeddings, layers, scatter, pooler. Call ``done`` on its ``outputs``."""
     g = GraphBuilder()
     ids = g.input("input_ids", BATCH, SEQ, dtype=torch.int64)
     mask = g.mask()
@@ -162,5 +171,5 @@ def packed_bert(layers: int = 2, n: int = 32) -> GraphBuilder:
     hidden = g.call(packing.scatter_rows.default, x, index["row_index"], mask, name="scatter")
     first = g.call(packing.first_rows.default, x, index["cu_seqlens"], name="first")
     pooled = g.call(aten.tanh.default, g.linear(first, "pooler", n), name="pooler_tanh")
-    g.outputs = (hidden, pooled)  # type: ignore[attr-defined]
+    g.outputs = (hidden, pooled)
     return g
