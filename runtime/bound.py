@@ -166,9 +166,7 @@ class Bound:
             arena, offset = self._planned_at(view.value)
             base = arena.tensor(view.dtype)
             start = base.storage_offset() + offset // view.dtype.itemsize
-        # A view kept from a call in inference mode could not be written by a call outside of it.
-        with torch.inference_mode(False):
-            found = self._views[number] = base.as_strided(shape, strides, start + sizes[view.offset])
+        found = self._views[number] = base.as_strided(shape, strides, start + sizes[view.offset])
         return found
 
     def _planned_at(self, value: int) -> tuple[Arena, int]:
@@ -264,8 +262,7 @@ class Workspace:
             # What is bound here, and later, points into memory that goes away now.
             for later in self._bound[index:]:
                 later.clear()
-            with torch.inference_mode(False):
-                arena.reserve(needed)
+            arena.reserve(needed)
         bound = known[sizes] = Bound(phase, sizes, arena, earlier)
         if len(known) > _PLANS_KEPT:
             known.popitem(last=False)

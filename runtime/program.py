@@ -3,6 +3,7 @@
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import sympy
@@ -140,7 +141,9 @@ class Program:
         except IndexError:
             workspace = Workspace(self._phases)
         try:
-            with torch.no_grad():
+            # Views kept from a call in inference mode could not be written by a later call outside of it.
+            outer = torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+            with outer, torch.no_grad():
                 self._run_phases(call, workspace, sizes)
         finally:
             self._idle.append(workspace)
