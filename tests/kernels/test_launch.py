@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -183,6 +184,18 @@ def test_without_an_openmp_runtime_launches_use_one_thread(kernels: jit.Code, mo
     launch.Launcher().run_kernel(kernels["count"], ctypes.addressof(arguments), 64, 1, 1, 2)
     assert calls.item() == 1
     assert bool((runs > 0).all())
+
+
+def test_the_openmp_runtime_is_the_one_torch_loaded() -> None:
+    address = launch._find_openmp_parallel()
+    assert address is not None
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, last = (int(part, 16) for part in line.split()[0].split("-"))
+        mapped += [line.split()[-1]] if first <= address < last else []
+    (path,) = mapped
+    assert Path(path).is_relative_to(Path(torch.__file__).parent.parent)
+    assert "omp" in Path(path).name
 
 
 def test_number_of_threads_is_a_setting() -> None:

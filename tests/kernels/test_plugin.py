@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import tilewright
 from tilewright import settings
@@ -40,6 +41,17 @@ def grid_kernel(out_ptr):
     x, y, z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     linear = x + tl.num_programs(0) * (y + tl.num_programs(1) * z)
     tl.store(out_ptr + linear, 10000 * z + 100 * y + x)
+
+
+@triton.jit
+def mixed_kernel(
+    in_desc, out_desc, flag: tl.int1, half: tl.float16, brain: tl.bfloat16, pair, byte: tl.uint8, BLOCK: tl.constexpr
+):
+    row, column = tl.program_id(0) * BLOCK, tl.program_id(1) * BLOCK
+    value = in_desc.load([row, column])
+    if flag:
+        value = value * half.to(tl.float32)
+    out_desc.store([row, column], value + brain.to(tl.float32) + pair[1] + byte)
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +138,14 @@ def test_grid_axes() -> None:
     assert not out.any()
     with pytest.raises(InputError, match="grid_kernel"):
         grid_kernel[(-1,)](before)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_descriptors_tuples_and_typed_scalars(flag: bool) -> None:
+    x, out = torch.randn(50, 44), torch.zeros(50, 44)
+    descriptors = [TensorDescriptor.from_tensor(tensor, [16, 16]) for tensor in (x, out)]
+    mixed_kernel[(4, 3)](*descriptors, flag, 0.5, 0.25, (3, 7), 200, BLOCK=16)
+    torch.testing.assert_close(out, (x * 0.5 if flag else x) + 207.25)
 
 
 def test_arguments_elsewhere_than_on_the_cpu_are_refused() -> None:
