@@ -1,14 +1,12 @@
 """Regions to kernels: chooses the emitter by the region's anchor."""
 
-from torch.fx import GraphModule
-
 from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.emit_gemm import emit_gemm
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.region_call import RegionCall
-from tilewright.errors import CodegenError, TilewrightError, Where
+from tilewright.errors import CodegenError
 from tilewright.ir.program import KernelStep, VendorLinear
 from tilewright.ir.regions import Anchor
-from tilewright.ops import Flow, traits_of
 
 __all__ = ["RegionCall", "can_emit", "emit_region"]
 
@@ -26,4 +24,9 @@ def emit_region(
     Raises:
         CodegenError: no kernel can be made; the message names the node and the reason.
     """
+    anchor = call.region.anchor
+    if anchor is Anchor.GEMM:
+        return emit_gemm(call, builder, variant)
+    if anchor is Anchor.OPAQUE:
+        raise CodegenError("an opaque region has no kernel", where=call.name, why=call.region.reason)
     return tuple(emit_rows(call.graph, call.read(builder), list(call.results())))

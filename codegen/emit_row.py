@@ -8,7 +8,6 @@ result is one flat row.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch.fx import GraphModule, Node
 
 from tilewright.codegen.evaluate import Evaluator
@@ -24,35 +23,18 @@ from tilewright.codegen.reductions import (
     next_power_of_2,
 )
 from tilewright.codegen.region_call import Inputs
+from tilewright.codegen.results import Result, needed_nodes, peel, store
 from tilewright.codegen.scatter import open_scatter, store_scattered
-from tilewright.codegen.writer import KernelWriter, Register, Var
+from tilewright.codegen.writer import KernelWriter, Var
 from tilewright.errors import CodegenError
 from tilewright.ir.facts import TensorType, fact
 from tilewright.ir.program import KernelStep, View
 from tilewright.ir.sizes import Size, ceil_div, contiguous_strides, product
 from tilewright.ops import Flow, traits_of
 
-packing = torch.ops.tilewright
-aten = torch.ops.aten
-
 _SHORT_ROW = 128
 _TILE = 1024
 _FLAT_BLOCK = 1024
-_PURE_VIEWS = (aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims)
-
-
-@dataclass(frozen=True)
-class Output:
-    """A result: the node whose elements, in row-major order, are the elements of ``view``."""
-
-    node: Node
-    view: View
-    scatter: Node | None = None
-
-    @property
-    def shape(self) -> tuple[Size, ...]:
-        """Shape of the node."""
-        return fact(self.node, TensorType).shape
 
 
 @dataclass(frozen=True)
@@ -82,7 +64,7 @@ def emit_rows(graph: GraphModule, inputs: Inputs, results: Sequence[tuple[Node, 
     Raises:
         CodegenError: some op cannot be computed row by row.
     """
-    outputs = [_peel(node, view, inputs) for node, view in results]
+    outputs = [peel(node, view, inputs) for node, view in results]
     steps: list[KernelStep] = []
     for group in _groups(outputs):
         try:
@@ -94,18 +76,9 @@ def emit_rows(graph: GraphModule, inputs: Inputs, results: Sequence[tuple[Node, 
     return tuple(steps)
 
 
-def _peel(node: Node, view: View, inputs: Inputs) -> Output:
-    """Follows views that keep the order of elements: the store is the same without them."""
-    while node not in inputs and node.target in _PURE_VIEWS:
-        node = arguments(node)["self"]
-    if node not in inputs and node.target == packing.scatter_rows.default:
-        return Output(arguments(node)["x"], view, node)
-    return Output(node, view)
-
-
-def _groups(outputs: list[Output]) -> list[list[Output]]:
-    """Outputs that can share a kernel: the same number of rows, at most one of them scattered."""
-    groups: list[list[Output]] = []
+def _groups(outputs: list[Result]) -> list[list[Result]]:
+    """Results that can share a kernel: the same number of rows, at most one of them scattered."""
+    groups: list[list[Result]] = []
     for output in outputs:
         for group in groups:
             scattered = [member for member in group if member.scatter]
@@ -117,11 +90,11 @@ def _groups(outputs: list[Output]) -> list[list[Output]]:
     return groups
 
 
-def _row_shape(output: Output) -> tuple[Size, ...]:
+def _row_shape(output: Result) -> tuple[Size, ...]:
     return output.shape[:1] if output.scatter else output.shape[:-1]
 
 
-def _first_that_fits(graph: GraphModule, inputs: Inputs, outputs: list[Output]) -> KernelStep:
+def _first_that_fits(graph: GraphModule, inputs: Inputs, outputs: list[Result]) -> KernelStep:
     conflict: ColumnConflict | None = None
     for plan in _plans(outputs, inputs):
         try:
@@ -134,9 +107,9 @@ def _first_that_fits(graph: GraphModule, inputs: Inputs, outputs: list[Output]) 
     raise conflict or CodegenError("no way to share out the elements of a region", where=outputs[0].node.name)
 
 
-def _plans(outputs: list[Output], inputs: Inputs) -> list[Plan]:
+def _plans(outputs: list[Result], inputs: Inputs) -> list[Plan]:
     """Ways to share out the elements, best first."""
-    reducing = [n for n in _needed(outputs, inputs) if traits_of(n.target).flow in (Flow.REDUCE, Flow.LAST_AXIS)]
+    reducing = [n for n in _computed(outputs, inputs) if traits_of(n.target).flow in (Flow.REDUCE, Flow.LAST_AXIS)]
     last = [output.shape[-1] if output.shape else 1 for output in outputs]
     widths = last + [fact(n.all_input_nodes[0], TensorType).shape[-1] for n in reducing]
     short = all(isinstance(width, int) and width <= _SHORT_ROW for width in widths)
@@ -162,19 +135,11 @@ def _reduces_last(node: Node) -> bool:
     return not axes or any(int(axis) % rank == rank - 1 for axis in axes)
 
 
-def _needed(outputs: list[Output], inputs: Inputs) -> list[Node]:
-    """Nodes that have to be computed for the outputs, in the order of the graph."""
-    needed: set[Node] = set()
-    pending = [node for output in outputs for node in (output.node, output.scatter) if node is not None]
-    while pending:
-        node = pending.pop()
-        if node not in needed and node not in inputs and node.op != "placeholder":
-            needed.add(node)
-            pending += node.all_input_nodes
-    return [node for node in next(iter(needed)).graph.nodes if node in needed] if needed else []
+def _computed(outputs: list[Result], inputs: Inputs) -> list[Node]:
+    return needed_nodes([n for output in outputs for n in (output.node, output.scatter) if n is not None], inputs)
 
 
-def _write(graph: GraphModule, inputs: Inputs, outputs: list[Output], plan: Plan) -> tuple[KernelStep, bool]:
+def _write(graph: GraphModule, inputs: Inputs, outputs: list[Result], plan: Plan) -> tuple[KernelStep, bool]:
     writer = KernelWriter(plan.rank)
     writer.loop_places = plan.loop_places
     evaluator = Evaluator(graph, writer, inputs)
@@ -201,7 +166,7 @@ def _write(graph: GraphModule, inputs: Inputs, outputs: list[Output], plan: Plan
         writer,
         family="row",
         summary=_summary(outputs, plan),
-        nodes=_named(_needed(outputs, inputs)),
+        nodes=_computed(outputs, inputs),
         variables=evaluator.used,
         grid=grid,
         writes=[output.view for output in outputs],
@@ -210,13 +175,7 @@ def _write(graph: GraphModule, inputs: Inputs, outputs: list[Output], plan: Plan
     return step, writer.divides
 
 
-def _named(nodes: list[Node]) -> list[Node]:
-    """The nodes that name a kernel: those that compute, or all where none does."""
-    computing = [node for node in nodes if traits_of(node.target).flow not in (Flow.VIEW, Flow.SIZE)]
-    return computing or nodes
-
-
-def _define_rows(writer: KernelWriter, rows: Size, outputs: list[Output]) -> tuple[Index, int]:
+def _define_rows(writer: KernelWriter, rows: Size, outputs: list[Result]) -> tuple[Index, int]:
     """Defines the row variable: a scalar, or a block of short rows. Rows are 64-bit: offsets may pass 2^31."""
     if writer.rank == 1:
         writer.statement("row = tl.program_id(0).to(tl.int64)")
@@ -237,12 +196,12 @@ def _tile_columns(size: Size) -> int:
     return next_power_of_2(size) if isinstance(size, int) and size <= 4 * _TILE else _TILE
 
 
-def _store_all(evaluator: Evaluator, outputs: list[Output], row: Index, plan: Plan) -> None:
+def _store_all(evaluator: Evaluator, outputs: list[Result], row: Index, plan: Plan) -> None:
     for output in outputs:
         _store(evaluator, output, row, plan)
 
 
-def _store(evaluator: Evaluator, output: Output, row: Index, plan: Plan) -> None:
+def _store(evaluator: Evaluator, output: Result, row: Index, plan: Plan) -> None:
     """Evaluates one output at its row and columns, and stores it."""
     writer = evaluator.writer
     shape = output.shape
@@ -282,7 +241,7 @@ def _column_once(writer: KernelWriter, size: Size, block: int, start: str) -> In
     return define_columns(writer, name, size, block, start)
 
 
-def _put(evaluator: Evaluator, output: Output, index: tuple[Index, ...]) -> None:
+def _put(evaluator: Evaluator, output: Result, index: tuple[Index, ...]) -> None:
     value = evaluator.value(output.node, index)
     if output.scatter is not None:
         store_scattered(evaluator, output.scatter, output.view, index, value)
@@ -291,15 +250,7 @@ def _put(evaluator: Evaluator, output: Output, index: tuple[Index, ...]) -> None
     store(evaluator.writer, output.view, fact(output.node, TensorType).dtype, place, value)
 
 
-def store(writer: KernelWriter, view: View, dtype: torch.dtype, place: Index, value: Register) -> None:
-    """Stores a value at a place of a contiguous view, where the index variables of the place count."""
-    pointer = writer.pointer(view, dtype, "out")
-    mask = writer.mask(place.deps)
-    address = f"{pointer} + {writer.index_text(place)}"
-    writer.statement(f"tl.store({address}, {value.text}{f', mask={mask}' if mask else ''})")
-
-
-def _summary(outputs: list[Output], plan: Plan) -> str:
+def _summary(outputs: list[Result], plan: Plan) -> str:
     shapes = ", ".join(
         f"{op_name(o.scatter or o.node) if o.node.op != 'placeholder' else 'copy'} {_text(o)}" for o in outputs
     )
@@ -312,9 +263,6 @@ def _summary(outputs: list[Output], plan: Plan) -> str:
     return f"Stores {shapes}. {how}"
 
 
-def _text(output: Output) -> str:
+def _text(output: Result) -> str:
     shape = fact(output.scatter or output.node, TensorType).shape
     return f"[{', '.join(map(str, shape))}]"
-
-
-__all__ = ["Output", "Plan", "emit_rows", "store"]

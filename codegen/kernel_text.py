@@ -20,9 +20,11 @@ from tilewright.ir.facts import Origin, find_fact
 from tilewright.ir.kernels import KernelSource
 from tilewright.ir.program import KernelStep, Pointer, View
 from tilewright.ir.sizes import Size
+from tilewright.ops import Flow, traits_of
 
 _HEADER = "import triton\nimport triton.language as tl\n"
 _LONGEST_NAME = 48
+_LONGEST_LINE = 120
 
 
 def finish(
@@ -50,7 +52,7 @@ def finish(
     function = _function_name(family, nodes)
     params = writer.all_params()
     names = [name for name, _, _ in params] + [f"{name}: tl.constexpr" for name in writer.constants]
-    body = [f"def {function}({', '.join(names)}):", *writer.body()]
+    body = [*_signature(function, names), *writer.body()]
     text = _module_text(summary, body)
     signature = tuple((name, kind) for name, kind, _ in params)
     constants = tuple(writer.constants.items())
@@ -78,9 +80,16 @@ def finish(
     )
 
 
+def _signature(function: str, names: list[str]) -> list[str]:
+    line = f"def {function}({', '.join(names)}):"
+    return [line] if len(line) <= _LONGEST_LINE else [f"def {function}(", *(f"    {name}," for name in names), "):"]
+
+
 def _function_name(family: str, nodes: Sequence[Node]) -> str:
     words = [family]
-    for node in nodes:
+    # Views name a kernel only where it does nothing else.
+    computing = [node for node in nodes if traits_of(node.target).flow not in (Flow.VIEW, Flow.SIZE)]
+    for node in computing or nodes:
         word = op_name(node)
         if word not in words and len("_".join((*words, word))) <= _LONGEST_NAME:
             words.append(word)

@@ -5,7 +5,7 @@ Norms take two passes: the mean first, then the mean of the squared distances fr
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import Node
@@ -45,14 +45,19 @@ def column_block(writer: KernelWriter, size: Size) -> tuple[int, bool]:
     return (min(writer.loop_columns, next_power_of_2(size)) if isinstance(size, int) else writer.loop_columns), True
 
 
-def define_columns(writer: KernelWriter, name: str, size: Size, block: int, start: str | None = None) -> Index:
-    """Defines the column variable of an axis in the innermost scope: a vector of ``block`` places from ``start``."""
+def define_columns(
+    writer: KernelWriter, name: str, size: Size, block: int, start: str | None = None, masked: bool = True
+) -> Index:
+    """Defines the column variable of an axis in the innermost scope: a vector of ``block`` places from ``start``.
+
+    Without ``masked`` the caller promises that no place is past the end.
+    """
     constant = f"BLOCK_{name.upper()}"
     writer.constants[constant] = block
     places = f"tl.arange(0, {constant})" + ("[None, :]" if writer.rank == 2 else "")
     writer.statement(f"{name} = {places if start is None else f'{start} + {places}'}")
     full = isinstance(size, int) and size % block == 0
-    mask = None if full else f"{name}_mask"
+    mask = None if full or not masked else f"{name}_mask"
     if mask:
         writer.statement(f"{mask} = {name} < {writer.size(size)}")
     return writer.define(Var(name, size, writer.rank - 1, constant, mask))
@@ -77,29 +82,43 @@ def columns_in_registers(writer: KernelWriter, size: Size) -> Index:
 
 
 def reduce_columns(
-    writer: KernelWriter, size: Size, make: Make, kind: str, outer: frozenset[str], hint: str
+    writer: KernelWriter, size: Size, make: Make, kind: str, outer: frozenset[str], hint: str, key: Any
 ) -> Register:
     """Reduces ``make(column)`` over the columns of an axis; the result varies with ``outer`` only.
+
+    Args:
+        key: names the result, so that a second request for it does not compute it again.
 
     Raises:
         ColumnConflict: ``outer`` varies along the tile's column axis.
     """
     if writer.rank - 1 in writer.axes(outer):
         raise ColumnConflict("a reduction has no axis of the tile to run along")
-    block, looped = column_block(writer, size)
-    if not looped:
-        column = columns_in_registers(writer, size)
-        value = _neutral(writer, make(column), column, kind)
-        return _reduce_tile(writer, value, kind, outer, hint)
+    cache = writer.scope_of(outer).cache
+    key = ("reduced", key, kind)
+    if key not in cache:
+        block, looped = column_block(writer, size)
+        if looped:
+            cache[key] = _reduce_in_loop(writer, size, block, make, kind, outer, hint)
+        else:
+            column = columns_in_registers(writer, size)
+            cache[key] = _reduce_tile(writer, _neutral(writer, make(column), column, kind), kind, outer, hint)
+    found: Register = cache[key]
+    return found
+
+
+def _reduce_in_loop(
+    writer: KernelWriter, size: Size, block: int, make: Make, kind: str, outer: frozenset[str], hint: str
+) -> Register:
     name = columns_name(writer, size)
     total = writer.unique(hint)
-    with writer.detached(outer):
-        with writer.block(f"for start in range(0, {writer.size(size)}, BLOCK_{name.upper()}):") as scope:
-            column = define_columns(writer, name, size, block, "start")
-            value = _neutral(writer, make(column), column, kind)
-            part = _reduce_tile(writer, value, kind, outer | column.deps, f"{hint}_part")
-            writer.statement(f"{total} = {_COMBINE[kind].format(total, part.text)}")
-            scope.before.append(f"{total} = {_initial(writer, value.dtype, kind, outer)}")
+    head = f"for start in range(0, {writer.size(size)}, BLOCK_{name.upper()}):"
+    with writer.detached(outer), writer.block(head) as scope:
+        column = define_columns(writer, name, size, block, "start")
+        value = _neutral(writer, make(column), column, kind)
+        part = _reduce_tile(writer, value, kind, outer | column.deps, f"{hint}_part")
+        writer.statement(f"{total} = {_COMBINE[kind].format(total, part.text)}")
+        scope.before.append(f"{total} = {_initial(writer, value.dtype, kind, outer)}")
     return Register(total, value.dtype, outer)
 
 
@@ -198,7 +217,7 @@ def _reduction(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Registe
             raise ColumnConflict("the reduced axis is not the last", where=where(node))
         result = reduce_places(writer, size, make, kind, deps, hint)
     else:
-        result = reduce_columns(writer, size, make, kind, deps, hint)
+        result = reduce_columns(writer, size, make, kind, deps, hint, (node, tuple(outer)))
     if traits.reduce == "mean":
         return Register(writer.emit("mean", f"{result.text} / {writer.size(size)}", deps), dtype, deps)
     return result
@@ -230,7 +249,7 @@ def _scaled(ev: "Evaluator", node: Node, index: tuple[Index, ...], text: str, de
 def _layer_norm(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
     x, size, outer, dtype = _norm_parts(ev, node, index)
     writer, count = ev.writer, ev.writer.size(size)
-    total = reduce_columns(writer, size, x, "sum", outer, "total")
+    total = reduce_columns(writer, size, x, "sum", outer, "total", (node, "total", index[:-1]))
     mean = writer.emit("mean", f"{total.text} / {count}", outer)
 
     def squared(column: Index) -> Register:
@@ -243,7 +262,7 @@ def _layer_norm(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Regist
         away = writer.emit("centered", kept, deps)
         return Register(writer.emit("squared", f"{away} * {away}", deps), dtype, deps)
 
-    spread = reduce_columns(writer, size, squared, "sum", outer, "spread")
+    spread = reduce_columns(writer, size, squared, "sum", outer, "spread", (node, "spread", index[:-1]))
     rstd = writer.emit("rstd", f"tl.rsqrt({spread.text} / {count} + {literal(arguments(node)['eps'])})", outer)
     value = x(index[-1])
     return _scaled(ev, node, index, f"({value.text} - {mean}) * {rstd}", value.deps | outer)
@@ -260,7 +279,7 @@ def _rms_norm(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register
         value = x(column)
         return Register(writer.emit("squared", f"{value.text} * {value.text}", value.deps), dtype, value.deps)
 
-    total = reduce_columns(writer, size, squared, "sum", outer, "total")
+    total = reduce_columns(writer, size, squared, "sum", outer, "total", (node, "total", index[:-1]))
     rstd = writer.emit("rstd", f"tl.rsqrt({total.text} / {writer.size(size)} + {literal(eps)})", outer)
     value = x(index[-1])
     return _scaled(ev, node, index, f"{value.text} * {rstd}", value.deps | outer)
@@ -272,20 +291,21 @@ def _softmax(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
     shape = fact(source, TensorType).shape
     axis = int(given["dim"]) % len(shape)
     dtype = compute_dtype(fact(node, TensorType).dtype)
-    outer = _deps((*index[:axis], *index[axis + 1 :]))
+    others = (*index[:axis], *index[axis + 1 :])
+    outer = _deps(others)
     writer = ev.writer
 
     def x(column: Index) -> Register:
         return ev.number(source, (*index[:axis], column, *index[axis + 1 :]), dtype)
 
-    peak = reduce_columns(writer, shape[axis], x, "max", outer, "peak")
+    peak = reduce_columns(writer, shape[axis], x, "max", outer, "peak", (node, "peak", others))
 
     def weight(column: Index) -> Register:
         value = x(column)
         deps = value.deps | outer
         return Register(writer.emit("weight", f"tl.exp({value.text} - {peak.text})", deps), dtype, deps)
 
-    total = reduce_columns(writer, shape[axis], weight, "sum", outer, "total")
+    total = reduce_columns(writer, shape[axis], weight, "sum", outer, "total", (node, "total", others))
     value = weight(index[axis])
     return Register(writer.emit("softmax", f"{value.text} / {total.text}", value.deps), dtype, value.deps)
 

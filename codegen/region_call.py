@@ -8,8 +8,8 @@ from torch.fx import GraphModule, Node
 
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.ir.facts import TensorType, find_fact
-from tilewright.ir.regions import Region
 from tilewright.ir.program import View
+from tilewright.ir.regions import Region
 
 Inputs = dict[Node, tuple[View, torch.dtype]]
 

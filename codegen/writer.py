@@ -266,8 +266,11 @@ class KernelWriter:
         scope = Scope(head, set())
         self.scopes.append(scope)
         parent = self.scopes[-2]
+        outside = dict(self.variables)
         yield scope
         self.scopes.pop()
+        # A loop may define a variable of the same name with another mask.
+        self.variables.update(outside)
         parent.lines.append(scope)
 
     @contextmanager

@@ -1,0 +1,286 @@
+"""GEMM kernels: ``epilogue(x @ weight.T + bias)``, with what makes x computed on the way in.
+
+A program computes one tile of the result. Weights are laid out once, at load time, in panels of the tile's width, so that
+the K loop reads them front to back and no tile needs a mask along N. A norm in front of the product needs whole rows: its
+statistics are computed in loops over K before the main one, by every program again, which pays for few rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.emit_row import emit_rows
+from tilewright.codegen.evaluate import Evaluator
+from tilewright.codegen.index import Index, linear, reshape, same_count, unravel
+from tilewright.codegen.kernel_text import finish
+from tilewright.codegen.nodes import arguments, compute_dtype
+from tilewright.codegen.reductions import define_columns
+from tilewright.codegen.region_call import Inputs, RegionCall
+from tilewright.codegen.results import Result, depends_on, needed_nodes, peel, store
+from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register, Var
+from tilewright.errors import CodegenError
+from tilewright.ir import views
+from tilewright.ir.facts import TensorType, fact, where
+from tilewright.ir.program import KernelStep, VendorLinear, View
+from tilewright.ir.sizes import Size, ceil_div, contiguous_strides, product
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of a GEMM: rows, columns, and the step along K."""
+
+    m: int
+    n: int
+    k: int
+
+
+_FEW_ROWS = 16
+_TILES = {
+    torch.float64: Tile(32, 32, 32),
+    torch.float32: Tile(64, 64, 64),
+    torch.float16: Tile(64, 64, 64),
+    torch.bfloat16: Tile(64, 64, 64),
+}
+
+
+def tile_for(dtype: torch.dtype, rows: Size, k: int) -> Tile:
+    """Block sizes by element type, row count where it is fixed and small, and K (whose divisors need no mask)."""
+    if dtype not in _TILES:
+        raise CodegenError(f"no GEMM kernel for elements of type {dtype}")
+    tile = _TILES[dtype]
+    m = _FEW_ROWS if isinstance(rows, int) and rows <= _FEW_ROWS else tile.m
+    step = next((block for block in (tile.k, tile.k // 2) if k % block == 0), tile.k)
+    return Tile(m, tile.n, step)
+
+
+def emit_gemm(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[KernelStep | VendorLinear, ...]:
+    """The steps of a region with one ``linear``: one kernel, or the vendor's with kernels around it.
+
+    Args:
+        variant: "triton" or "vendor".
+
+    Raises:
+        CodegenError: the region has no or several ``linear``, or its epilogue does not follow its tiles.
+    """
+    inputs = call.read(builder)
+    results = list(call.results())
+    anchors = [node for node in call.graph.graph.nodes if node.target == aten.linear.default]
+    if len(anchors) != 1:
+        raise CodegenError("a GEMM region needs exactly one linear", where=call.name, why=f"it has {len(anchors)}")
+    anchor = anchors[0]
+    if variant == "vendor":
+        return _vendor(call, builder, inputs, results, anchor)
+    if variant != "triton":
+        raise CodegenError(f"no GEMM variant '{variant}'", where=call.name, hint="triton or vendor")
+    ahead = [(node, view) for node, view in results if not depends_on(node, anchor)]
+    behind = [(node, view) for node, view in results if depends_on(node, anchor)]
+    steps = emit_rows(call.graph, inputs, ahead) if ahead else ()
+    return (*steps, _kernel(call, builder, inputs, behind, anchor))
+
+
+def _kernel(
+    call: RegionCall, builder: ProgramBuilder, inputs: Inputs, results: Sequence[tuple[Node, View]], anchor: Node
+) -> KernelStep:
+    given = arguments(anchor)
+    kind, source = fact(anchor, TensorType), fact(given["input"], TensorType)
+    n, k = _static(kind.shape[-1], anchor), _static(source.shape[-1], anchor)
+    rows = product(kind.shape[:-1])
+    tile = tile_for(source.dtype, rows, k)
+    writer = KernelWriter(2, register_columns=0, loop_columns=tile.k)
+    evaluator = Evaluator(call.graph, writer, inputs)
+    row, column = _define_tile(writer, rows, n, tile)
+    acc_dtype = compute_dtype(source.dtype)
+    _multiply(evaluator, builder, anchor, (row, column), k, tile)
+    evaluator.bindings[anchor] = _Product(evaluator, anchor, row, column, acc_dtype)
+    place = (*unravel(row, kind.shape[:-1]), column)
+    for node, view in results:
+        _store_result(evaluator, peel(node, view, inputs), anchor, place)
+    return finish(
+        writer,
+        family="gemm",
+        summary=f"x [{', '.join(map(str, source.shape))}] times weight [{n}, {k}] transposed, and what follows on the "
+        "tile. A program computes one tile.",
+        nodes=needed_nodes([node for node, _ in results], inputs),
+        variables=evaluator.used,
+        grid=(ceil_div(rows, tile.m), ceil_div(n, tile.n), 1),
+        writes=[view for _, view in results],
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+def _static(size: Size, node: Node) -> int:
+    if not isinstance(size, int):
+        raise CodegenError("a GEMM needs fixed N and K", where=where(node), why=f"a size is {size}")
+    return size
+
+
+def dot(left: str, right: str, acc: str | None, dtype: torch.dtype) -> str:
+    """A product of tiles, exact in fp32 and accumulated in the compute dtype."""
+    start = f", {acc}" if acc else ""
+    kind = ", out_dtype=tl.float64" if dtype == torch.float64 else ""
+    return f'tl.dot({left}, {right}{start}, input_precision="ieee"{kind})'
+
+
+def _define_tile(writer: KernelWriter, rows: Size, n: int, tile: Tile) -> tuple[Index, Index]:
+    writer.constants.update(BLOCK_M=tile.m, BLOCK_N=tile.n)
+    writer.statement("rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]")
+    writer.statement(f"row_mask = rows < {writer.size(rows)}")
+    writer.row_deps = frozenset(("rows",))
+    row = writer.define(Var("rows", rows, 0, "BLOCK_M", "row_mask"))
+    writer.statement("cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]")
+    full = n % tile.n == 0
+    if not full:
+        writer.statement(f"cols_mask = cols < {n}")
+    return row, writer.define(Var("cols", n, 1, "BLOCK_N", None if full else "cols_mask"))
+
+
+@dataclass
+class _Product:
+    """The product plus bias, at the place of the tile: the only place it is known at."""
+
+    evaluator: Evaluator
+    anchor: Node
+    row: Index
+    column: Index
+    dtype: torch.dtype
+
+    def __call__(self, index: tuple[Index, ...]) -> Register:
+        shape = fact(self.anchor, TensorType).shape
+        position = linear(index[:-1], contiguous_strides(shape[:-1]))
+        if position != self.row or index[-1] != self.column:
+            raise CodegenError(
+                "an epilogue needs elements of other tiles", where=where(self.anchor), hint="cut the region there"
+            )
+        bias = arguments(self.anchor)["bias"]
+        deps = self.row.deps | self.column.deps
+        text = "acc"
+        if isinstance(bias, Node):
+            added = self.evaluator.number(bias, (self.column,), self.dtype)
+            text = self.evaluator.writer.emit("linear", f"acc + {added.text}", deps)
+        self.evaluator.used.setdefault(self.anchor, text)
+        return Register(text, self.dtype, deps)
+
+
+def _multiply(
+    evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, place: tuple[Index, Index], k: int, tile: Tile
+) -> None:
+    """The loop over K; a rest that does not fill a block is a loop of one turn with masks."""
+    writer = evaluator.writer
+    source = fact(arguments(anchor)["input"], TensorType)
+    weight = _Weight(evaluator, builder, anchor, place[1], k, tile)
+    writer.column_names[k] = "ks"
+    # The product is written inside the loops, so its start stands in front of them.
+    writer.statement(f"acc = tl.zeros([BLOCK_M, BLOCK_N], {TL_TYPES[compute_dtype(source.dtype)]})")
+    whole = k // tile.k * tile.k
+    for begin, end in ((0, whole), (whole, k)):
+        if begin < end:
+            with writer.block(f"for start in range({begin}, {end}, BLOCK_KS):"):
+                column = define_columns(writer, "ks", k, tile.k, "start", masked=end != whole)
+                index = (*unravel(place[0], source.shape[:-1]), column)
+                x = evaluator.raw(arguments(anchor)["input"], index, source.dtype)
+                w = weight.load(masked=end != whole)
+                writer.statement(f"acc = {dot(x.text, w, 'acc', source.dtype)}")
+
+
+class _Weight:
+    """The weight's tile [BLOCK_K, BLOCK_N] at the place of the K loop."""
+
+    def __init__(
+        self, evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, column: Index, k: int, tile: Tile
+    ) -> None:
+        self.evaluator, self.node, self.column, self.k = evaluator, arguments(anchor)["weight"], column, k
+        self.dtype = fact(self.node, TensorType).dtype
+        self.panels: str | None = None
+        view = evaluator.inputs.get(self.node, (None, None))[0]
+        if view is not None and builder.is_weight(view.value) and view == builder.whole(view.value):
+            laid_out = builder.whole(builder.weight_layout(view.value, f"panels:{tile.n}"))
+            self.panels = evaluator.writer.pointer(laid_out, self.dtype, "weight")
+            evaluator.writer.statement(f"panel_ptr = {self.panels} + tl.program_id(1).to(tl.int64) * ({k} * BLOCK_N)")
+
+    def load(self, masked: bool) -> str:
+        """Text of the loaded tile, in the scope of the K loop."""
+        writer = self.evaluator.writer
+        writer.statement("k_rows = start + tl.arange(0, BLOCK_KS)[:, None]")
+        if masked:
+            writer.statement(f"k_rows_mask = k_rows < {self.k}")
+        down = writer.define(Var("k_rows", self.k, 0, "BLOCK_KS", "k_rows_mask" if masked else None))
+        if self.panels is None:
+            return self.evaluator.raw(self.node, (self.column, down), self.dtype).text
+        mask = ", mask=k_rows_mask, other=0" if masked else ""
+        address = "panel_ptr + k_rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]"
+        return writer.emit("weight", f"tl.load({address}{mask})", down.deps)
+
+
+def _store_result(evaluator: Evaluator, result: Result, anchor: Node, place: tuple[Index, ...]) -> None:
+    """Stores the tile of a result, whose elements stand in the order of the product's."""
+    shape = fact(anchor, TensorType).shape
+    if result.scatter is not None or not same_count(result.shape, shape):
+        raise CodegenError("a result of a GEMM region has another shape than the product", where=where(result.node))
+    index = reshape(place, result.shape, shape)
+    value = evaluator.value(result.node, index)
+    dtype = fact(result.node, TensorType).dtype
+    store(evaluator.writer, result.view, dtype, linear(place, contiguous_strides(shape)), value)
+
+
+def _vendor(
+    call: RegionCall, builder: ProgramBuilder, inputs: Inputs, results: Sequence[tuple[Node, View]], anchor: Node
+) -> tuple[KernelStep | VendorLinear, ...]:
+    """[kernel for x] the vendor's linear [kernel for the epilogue]."""
+    given = arguments(anchor)
+    kind = fact(anchor, TensorType)
+    rows, n = product(kind.shape[:-1]), kind.shape[-1]
+    steps: list[KernelStep | VendorLinear] = []
+    ahead = [(node, view) for node, view in results if not depends_on(node, anchor)]
+    behind = [(node, view) for node, view in results if depends_on(node, anchor)]
+    x = _as_matrix(given["input"], inputs)
+    if x is None:
+        source = fact(given["input"], TensorType)
+        made = builder.scratch(f"{call.name}_x", source.dtype, source.shape)
+        ahead.append((given["input"], made))
+        x = View(made.value, (rows, source.shape[-1]), (source.shape[-1], 1))
+    if ahead:
+        steps += emit_rows(call.graph, inputs, ahead)
+    weight, bias = (_whole_weight(call, builder, inputs, given[name]) for name in ("weight", "bias"))
+    if weight is None:
+        raise CodegenError("the vendor's linear needs a weight", where=where(anchor))
+    direct = next((view for node, view in behind if peel(node, view, inputs).node is anchor), None)
+    product_view = direct or builder.scratch(f"{call.name}_product", kind.dtype, kind.shape)
+    out = View(product_view.value, (rows, n), (n, 1), product_view.offset)
+    laid_out = builder.weight_layout(weight, "vendor")
+    reads = tuple(sorted({x.value, laid_out} | ({bias} if bias is not None else set())))
+    steps.append(VendorLinear(x, laid_out, bias, out, reads, (out.value,), (anchor.name,)))
+    held = {**inputs, anchor: (View(out.value, kind.shape, contiguous_strides(kind.shape), out.offset), kind.dtype)}
+    rest = [(node, view) for node, view in behind if view is not direct]
+    return (*steps, *(emit_rows(call.graph, held, rest) if rest else ()))
+
+
+def _as_matrix(node: Node, inputs: Inputs) -> View | None:
+    """x [.., K] as a view [M, K] with contiguous rows, where it is one."""
+    chain: list[Node] = []
+    while node not in inputs:
+        if not views.has_view_rule(node.target):
+            return None
+        chain.append(node)
+        node = node.all_input_nodes[0]
+    view = inputs[node][0]
+    layout: views.Strided | None = views.Strided(view.shape, view.strides, view.offset)
+    for step in reversed(chain):
+        layout = views.apply_view(step, layout) if layout is not None else None
+    if layout is None or (stride := views.row_stride(layout)) is None:
+        return None
+    return View(view.value, (product(layout.shape[:-1]), layout.shape[-1]), (stride, 1), layout.offset)
+
+
+def _whole_weight(call: RegionCall, builder: ProgramBuilder, inputs: Inputs, node: Node | None) -> int | None:
+    if node is None:
+        return None
+    view = inputs[node][0] if node in inputs else None
+    if view is None or not builder.is_weight(view.value) or view != builder.whole(view.value):
+        raise CodegenError("the vendor's linear reads weights as they are stored", where=call.name)
+    return view.value
