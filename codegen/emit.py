@@ -1,14 +1,16 @@
 """Regions to kernels: chooses the emitter by the region's anchor."""
 
 from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.emit_attention import emit_attention
 from tilewright.codegen.emit_gemm import emit_gemm
+from tilewright.codegen.emit_index import emit_index
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.region_call import RegionCall
 from tilewright.errors import CodegenError
 from tilewright.ir.program import KernelStep, VendorLinear
 from tilewright.ir.regions import Anchor
 
-__all__ = ["RegionCall", "can_emit", "emit_region"]
+__all__ = ["RegionCall", "emit_region"]
 
 
 def emit_region(
@@ -27,6 +29,10 @@ def emit_region(
     anchor = call.region.anchor
     if anchor is Anchor.GEMM:
         return emit_gemm(call, builder, variant)
+    if anchor is Anchor.ATTENTION:
+        return emit_attention(call, builder)
+    if anchor is Anchor.INDEX:
+        return emit_index(call, builder)
     if anchor is Anchor.OPAQUE:
         raise CodegenError("an opaque region has no kernel", where=call.name, why=call.region.reason)
     return tuple(emit_rows(call.graph, call.read(builder), list(call.results())))

@@ -4,8 +4,9 @@ Views become arithmetic on the index, inputs become loads, pointwise ops become 
 computed that no output asks for, and what two users ask for at the same index is computed once.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch.fx import GraphModule, Node
@@ -83,13 +84,24 @@ class Evaluator:
 
     def raw(self, node: Node, index: tuple[Index, ...], dtype: torch.dtype) -> Register:
         """The value in the type it is stored in, as an operand of a matrix product."""
-        while node not in self.inputs and node not in self.bindings and traits_of(node.target).flow is Flow.VIEW:
-            if node.target == aten.cat.default:
-                break
+        while node not in self.inputs and node not in self.bindings and views.is_view(node):
             node, index = views.source_index(node, index, arguments(node), size_of)
         if node in self.inputs and self.inputs[node][1] == dtype:
             return self.load(*self.inputs[node], index, role(node), raw=True)
         return self.number(node, index, dtype)
+
+    def is_stored(self, node: Node) -> bool:
+        """Whether the node is a view of something in memory, so that ``raw`` only loads."""
+        while node not in self.inputs and node not in self.bindings and views.is_view(node):
+            node = arguments(node)["self"]
+        return node in self.inputs
+
+    @contextmanager
+    def guarded(self, condition: Register) -> Iterator[None]:
+        """Loads inside the block happen only where the condition holds; elsewhere they give 0."""
+        before, self._guards = self._guards, (*self._guards, condition)
+        yield
+        self._guards = before
 
     def load(self, view: View, dtype: torch.dtype, index: Sequence[Index], hint: str, raw: bool = False) -> Register:
         """Loads from a view at an index; where index variables do not count, the value is 0.
@@ -202,10 +214,9 @@ class Evaluator:
             size = fact(source, TensorType).shape[axis]
             inside = f"({place} >= {self.writer.size(start)}) & ({place} < {self.writer.size(start + size)})"
             guard = Register(self.writer.emit("inside", inside, index[axis].deps), torch.bool, index[axis].deps)
-            before, self._guards = self._guards, (*self._guards, guard)
             moved = (*index[:axis], index[axis] + constant(-start), *index[axis + 1 :])
-            part = self.number(source, moved, dtype)
-            self._guards = before
+            with self.guarded(guard):
+                part = self.number(source, moved, dtype)
             deps = part.deps | guard.deps
             if chosen is None:
                 chosen = part
@@ -261,7 +272,7 @@ class Evaluator:
         """Reductions and what works along the last axis."""
         return reductions.evaluate(self, node, index)
 
-    _EVALUATE = {
+    _EVALUATE: ClassVar[dict[Flow, Callable[..., Register]]] = {
         Flow.POINTWISE: pointwise,
         Flow.VIEW: view,
         Flow.LOOKUP: lookup,

@@ -20,6 +20,11 @@ def broadcast(index: tuple[Index, ...], shape: tuple[Size, ...]) -> tuple[Index,
     return tuple(constant(0) if size == 1 else part for part, size in zip(kept, shape, strict=True))
 
 
+def is_view(node: Node) -> bool:
+    """Whether the node is a view of one tensor that ``source_index`` knows."""
+    return node.target in _RULES
+
+
 def source_index(
     node: Node, index: tuple[Index, ...], given: dict[str, Any], size_of: Callable[[Any], Size]
 ) -> tuple[Node, tuple[Index, ...]]:

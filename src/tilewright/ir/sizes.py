@@ -48,6 +48,12 @@ class _Printer(PythonCodePrinter):
         numerator, denominator = sympy.fraction(sympy.together(expr.args[0]))
         return f"(({self._print(numerator)}) // ({self._print(denominator)}))"
 
+    def _print_Pow(self, expr: sympy.Expr, rational: bool = False) -> str:
+        base, exponent = expr.args
+        if not (exponent.is_Integer and exponent > 0):
+            raise ValueError(f"size expression has a power that is no product: {expr}")
+        return f"({' * '.join([self._print(base)] * int(exponent))})"
+
     def _print_Rational(self, expr: sympy.Expr) -> str:
         raise ValueError(f"size expression has a fraction outside floor: {expr}")
 
