@@ -1,9 +1,9 @@
 """The layout analysis behind ``RemovePadding``: which values can be packed, and whether the graph as a whole may be.
 
 The analysis walks the graph once. A value is packed when each of its rows belongs to one place (b, s) of the padded
-batch and is computed from that place alone, from the keys that attention lets it see, or from values without a place. Packing
-drops the masked places, so it is legal only if nothing reads them: an op that mixes along the sequence may read a value
-only if it is known what the value holds at masked places (``layout_pads``), and it then gets the value padded again.
+batch and is computed from that place alone, from the keys that attention lets it see, or from values without a place.
+Packing drops the masked places, so it is legal only if nothing reads them: an op that mixes along the sequence may read
+a value only if it is known what it holds at masked places (``layout_pads``); it then gets the value padded again.
 
 Everything is decided from the axes of values and the traits of ops. What is not known to be legal is refused, with the
 rule that it breaks.

@@ -37,6 +37,7 @@ class PackingBuilder:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self._sizes: dict[Size, Node] = {}
+        self._scattered: dict[Node, Node] = {}
 
     def start(self, valid: Node, *, keep_first: bool) -> None:
         """Makes the row index from ``valid`` [B, S] and reads the sizes B, S and T."""
@@ -187,8 +188,11 @@ class PackingBuilder:
         rest = rest_axes(len(type_.shape), layout)
         features = tuple(type_.shape[axis] for axis in rest)
         scattered = TensorType((BATCH, SEQ, *features), type_.dtype)
-        args = (rows, self.index.rows, self.valid)
-        value = self.call(tw.scatter_rows.default, args, scattered, origin, padded)
+        if rows not in self._scattered:
+            args = (rows, self.index.rows, self.valid)
+            at_pads = Layout(LayoutKind.PADDED, 0, 1, 0.0)
+            self._scattered[rows] = self.call(tw.scatter_rows.default, args, scattered, origin, at_pads)
+        value = self._scattered[rows]
         if fill != 0.0:
             value = self._fill(value, fill, origin, padded)
         order: list[int] = []

@@ -1,0 +1,86 @@
+"""The order of all passes, and how they are run. This list is the only place that knows it."""
+
+from collections.abc import Sequence
+
+from torch.fx import GraphModule
+
+from tilewright import settings
+from tilewright.errors import OptionError
+from tilewright.ir.measurements import Measurements
+from tilewright.passes.base import Observer, Pass, PassRecord, run_pass
+from tilewright.passes.find_regions import FindRegions
+from tilewright.passes.normalize import normalization
+from tilewright.passes.outline_regions import OutlineRegions
+from tilewright.passes.place import Place
+from tilewright.passes.remove_padding import RemovePadding
+from tilewright.passes.specialize import Specialize
+from tilewright.passes.verify import verify as verify_graph
+
+
+def pipeline(
+    opt_level: int,
+    unpad: str = "auto",
+    gemm: str = "auto",
+    measurements: Measurements | None = None,
+) -> tuple[Pass, ...]:
+    """The passes for these options, in order.
+
+    Args:
+        opt_level: 0 stops at the normalized graph, which the reference kernels run; 1 packs and gives every op a
+            kernel of its own; 2 and 3 fuse (3 differs only in how long GEMMs are measured).
+        unpad: "auto", "on" or "off", as of ``RemovePadding``.
+        gemm: "auto", "triton" or "vendor", as of ``Specialize``.
+        measurements: timings of GEMM variants on this machine.
+
+    Raises:
+        OptionError: ``opt_level`` is not 0, 1, 2 or 3.
+    """
+    if opt_level not in (0, 1, 2, 3):
+        raise OptionError(f"opt_level={opt_level!r} is not a choice", hint="choose 0, 1, 2 or 3")
+    normalize = normalization()  # first: every other pass knows one spelling of each op
+    if opt_level == 0:
+        return normalize
+    return (
+        *normalize,
+        RemovePadding(unpad),  # before fusion: it changes the rows that everything after it works on
+        FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags
+        OutlineRegions(),  # acts on the tags, and nothing may come between them
+        Specialize(gemm, measurements or Measurements()),  # a GEMM's variants depend on its prologue and epilogue
+        Place(),  # last: it places the kernels that were chosen
+    )
+
+
+def run_pipeline(
+    gm: GraphModule,
+    passes: Sequence[Pass],
+    observers: Sequence[Observer] = (),
+    verify: bool | None = None,
+) -> tuple[GraphModule, tuple[PassRecord, ...]]:
+    """Runs the passes in order.
+
+    Args:
+        gm: rewritten in place; use the graph returned.
+        passes: as ``pipeline`` returns them.
+        observers: called around every pass.
+        verify: check the spec of the level before the first pass and after every pass; None: as the setting says.
+
+    Returns:
+        The graph, and what each pass did.
+
+    Raises:
+        VerifierError: a pass broke a rule of the level it reached; the message names pass, rule and node.
+    """
+    checked = bool(settings.get("verify")) if verify is None else verify
+    if checked:
+        verify_graph(gm)
+    records = []
+    for step, pass_ in enumerate(passes, start=1):
+        for observer in observers:
+            observer.before(step, pass_, gm)
+        gm, record = run_pass(pass_, gm)
+        if checked:
+            verify_graph(gm, after=str(pass_))
+        for observer in observers:
+            observer.after(step, pass_, gm, record)
+        records.append(record)
+    return gm, tuple(records)

@@ -1,0 +1,155 @@
+"""Rules of the level packed: one row index, each value packed and unpacked once, tokens never mixed by accident."""
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tilewright.ir.facts import TensorType, find_fact
+from tilewright.ir.graph import info
+from tilewright.ir.layout import Layout, LayoutKind
+from tilewright.ir.sizes import TOKENS
+from tilewright.ir.views import same_size
+from tilewright.ops import Flow, traits_of
+from tilewright.passes.layout_axes import positional, shape_of, symbols_in, tensor_operands, worked_axes
+from tilewright.passes.rules import Rule, Violation, calls
+
+aten = torch.ops.aten
+tw = torch.ops.tilewright
+# Position of each operand that comes from the row index, and which of its results it is.
+_FROM_INDEX: dict[Any, dict[int, int]] = {
+    tw.gather_rows.default: {1: 0},
+    tw.scatter_rows.default: {1: 0},
+    tw.first_rows.default: {1: 2},
+    tw.attention_packed.default: {3: 2, 4: 3, 5: 4, 6: 1},
+}
+
+
+def _row_indices(gm: GraphModule) -> list[Node]:
+    return [node for node in calls(gm) if node.target is tw.pack_index.default]
+
+
+def _is_packed(node: Node) -> bool:
+    layout = find_fact(node, Layout)
+    return layout is not None and layout.kind is LayoutKind.PACKED
+
+
+def _layout_known(gm: GraphModule) -> Iterator[Violation]:
+    for node in gm.graph.nodes:
+        if find_fact(node, TensorType) is not None and find_fact(node, Layout) is None:
+            yield Violation(node, "it carries no Layout")
+
+
+def _one_row_index(gm: GraphModule) -> Iterator[Violation]:
+    for node in _row_indices(gm)[1:]:
+        yield Violation(node, "it is a second row index")
+
+
+def _reason_when_padded(gm: GraphModule) -> Iterator[Violation]:
+    if not _row_indices(gm) and not info(gm).reasons.get("packing"):
+        yield Violation(None, "the graph is padded and GraphInfo.reasons['packing'] is empty")
+
+
+def _tokens_first(gm: GraphModule) -> Iterator[Violation]:
+    for node in gm.graph.nodes:
+        if find_fact(node, TensorType) is None:
+            continue
+        shape = shape_of(node)
+        if _is_packed(node) and not (shape and same_size(shape[0], TOKENS)):
+            yield Violation(node, f"it is packed and has shape {tuple(map(str, shape))}")
+        elif not _is_packed(node) and TOKENS in symbols_in(shape):
+            yield Violation(node, f"it is not packed and has shape {tuple(map(str, shape))}")
+
+
+def _from_row_index(gm: GraphModule) -> Iterator[Violation]:
+    indices = _row_indices(gm)
+    for node in calls(gm):
+        for position, place in _FROM_INDEX.get(node.target, {}).items():
+            source = positional(node)[position]
+            if source.target is not operator.getitem or source.args[0] not in indices or source.args[1] != place:
+                yield Violation(node, f"argument {position}, '{source.name}', is not result {place} of the row index")
+
+
+def _gathered_once(gm: GraphModule) -> Iterator[Violation]:
+    yield from _once(gm, tw.gather_rows.default, "gathered")
+
+
+def _scattered_once(gm: GraphModule) -> Iterator[Violation]:
+    yield from _once(gm, tw.scatter_rows.default, "scattered")
+
+
+def _once(gm: GraphModule, target: Any, verb: str) -> Iterator[Violation]:
+    counts: Counter[Node] = Counter()
+    for node in calls(gm):
+        if node.target is target:
+            source = positional(node)[0]
+            counts[source] += 1
+            if counts[source] == 2:
+                yield Violation(node, f"'{source.name}' is {verb} twice")
+
+
+def _stays_packed(gm: GraphModule) -> Iterator[Violation]:
+    for node in calls(gm):
+        if node.target is tw.gather_rows.default and positional(node)[0].target is tw.scatter_rows.default:
+            yield Violation(node, f"it packs again what '{positional(node)[0].name}' has just padded")
+
+
+def _attention_packed(gm: GraphModule) -> Iterator[Violation]:
+    for node in calls(gm):
+        if _row_indices(gm) and node.target is tw.attention.default:
+            yield Violation(node, "it works on padded tensors beside a row index")
+
+
+def _first_column_kept(gm: GraphModule) -> Iterator[Violation]:
+    kept = all(positional(node)[1] is True for node in _row_indices(gm))
+    for node in calls(gm):
+        if node.target is tw.first_rows.default and not kept:
+            yield Violation(node, "it reads column 0, which the row index drops where it is masked")
+
+
+def _tokens_not_mixed(gm: GraphModule) -> Iterator[Violation]:
+    for node in calls(gm):
+        packed = [operand for operand in tensor_operands(node) if _is_packed(operand)]
+        if not packed or find_fact(node, TensorType) is None:
+            continue
+        why = _mixes(node)
+        if why:
+            yield Violation(node, f"{node.target} {why} of packed '{packed[0].name}'")
+
+
+def _mixes(node: Node) -> str | None:
+    """How the op reads across the rows of its packed operand, or None."""
+    flow, args = traits_of(node.target).flow, positional(node)
+    if flow is Flow.OTHER:
+        return "reads unknown places"
+    if flow in (Flow.LAST_AXIS, Flow.REDUCE) and 0 in worked_axes(node):
+        return "works along the rows"
+    if flow is Flow.CONTRACT and len(shape_of(args[0])) < 2:
+        return "contracts over the rows"
+    if node.target in (aten.slice.Tensor, aten.select.int, aten.cat.default) and args[1] == 0:
+        return "cuts or joins the rows"
+    if node.target is aten.permute.default and args[1][0] != 0:
+        return "moves the rows"
+    return None
+
+
+PACKED = (
+    Rule("layout_known", "every tensor node carries its Layout", _layout_known),
+    Rule("one_row_index", "the graph has one row index at most", _one_row_index),
+    Rule("reason_when_padded", "a graph that stays padded says why", _reason_when_padded),
+    Rule("from_row_index", "offsets and indices are results of the row index", _from_row_index),
+    Rule("tokens_first", "packed values, and no others, have T, as their first axis", _tokens_first),
+    Rule("gathered_once", "a value is gathered once", _gathered_once),
+    Rule("scattered_once", "a value is scattered once", _scattered_once),
+    Rule("stays_packed", "nothing is padded and packed again", _stays_packed),
+    Rule("attention_packed", "in a packed graph every attention is packed", _attention_packed),
+    Rule("first_column_kept", "the row index keeps column 0 if it is read", _first_column_kept),
+    Rule(
+        "tokens_not_mixed",
+        "only attention and the packing ops read across the rows of a packed value",
+        _tokens_not_mixed,
+    ),
+)
