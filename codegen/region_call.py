@@ -33,7 +33,7 @@ class RegionCall:
     outputs: tuple[View, ...]
 
     def read(self, builder: ProgramBuilder) -> Inputs:
-        """View and element type behind each placeholder."""
+        """View and element type behind each placeholder that is a tensor; the others are sizes."""
         placeholders = (node for node in self.graph.graph.nodes if node.op == "placeholder")
         nodes = [node for node in placeholders if find_fact(node, TensorType)]
         return {node: (view, builder.dtype(view)) for node, view in zip(nodes, self.inputs, strict=True)}
