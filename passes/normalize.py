@@ -5,8 +5,10 @@ from tilewright.passes.fold_constants import FoldConstants
 from tilewright.passes.merge_equal import MergeEqual
 from tilewright.passes.normalize_pointwise import NormalizePointwise
 from tilewright.passes.normalize_views import NormalizeViews
+from tilewright.passes.recognize_attention import RecognizeAttention
 from tilewright.passes.recognize_linear import RecognizeLinear
 from tilewright.passes.recognize_norms import RecognizeNorms
+from tilewright.passes.recover_mask import RecoverMask
 
 
 def normalization() -> tuple[Pass, ...]:
@@ -17,5 +19,8 @@ def normalization() -> tuple[Pass, ...]:
         FoldConstants(),  # weights that are computed from weights, e.g. 1 + w, become weights
         RecognizeLinear(),
         RecognizeNorms(),
+        RecognizeAttention(),  # after linear: what is left of matmul multiplies two computed tensors
+        NormalizeViews(),  # attention yields another order of axes, which cancels against the views around it
+        RecoverMask(),  # needs the masks as operands of attention
         MergeEqual(),  # last: recognized ops can be equal where their formulas were not
     )

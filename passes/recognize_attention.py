@@ -1,0 +1,260 @@
+"""One op, ``tilewright::attention``, for scaled_dot_product_attention and for attention spelled out by its formula.
+
+The formula, from "Attention Is All You Need" (Vaswani et al., 2017), equation 1: softmax(scale * q @ k^T + mask) @ v.
+The factor may stand on the scores, on the queries, on the keys, or on both; masks may be added or filled in; scores
+may be capped.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tilewright.ir.facts import Reason, TensorType, fact, set_fact
+from tilewright.ir.graph import Level, info, update_info
+from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.rewrite import Rewriter, argument, dtype_of, erase_dead, is_call, operand, rank_of, shape_of
+
+aten = torch.ops.aten
+ATTENTION = torch.ops.tilewright.attention.default
+CONVERT = torch.ops.prims.convert_element_type.default
+_MOVES = (aten.permute.default, aten.reshape.default, aten.unsqueeze.default, aten.slice.Tensor)
+# From here on down a number in a mask stands for "may not attend": exp of it is 0 in every float type.
+LOWEST = -1e4
+
+
+@dataclass
+class _Scores:
+    """What is found on the way from the softmax to the product of queries and keys."""
+
+    scale: float = 1.0
+    softcap: float = 0.0
+    biases: list[Node] = field(default_factory=list)
+
+
+class _NotAttention(Exception):
+    """The calls are no attention of ours; the message says why."""
+
+
+@dataclass(frozen=True)
+class RecognizeAttention(Pass):
+    """Turns every attention into ``tilewright::attention``; a mask becomes its ``bias`` until it is recovered."""
+
+    name: ClassVar[str] = "recognize_attention"
+    requires: ClassVar[Level] = Level.EXPORTED
+    ensures: ClassVar[Level] = Level.EXPORTED
+
+    def run(self, gm: GraphModule) -> PassResult:
+        rw = Rewriter(gm, self.name)
+        counts = {"attention": 0}
+        reasons: dict[str, str] = {}
+        for node in list(gm.graph.nodes):
+            try:
+                if is_call(node, aten.scaled_dot_product_attention.default):
+                    new = _from_sdpa(rw, node)
+                elif is_call(node, aten.softmax.int) and node.args[1] == -1 and rank_of(node) in (3, 4):
+                    new = _from_formula(rw, node)
+                else:
+                    continue
+            except _NotAttention as why:
+                reasons[node.name] = str(why)
+                set_fact(node, Reason(str(why)))
+                continue
+            if new is not None:
+                counts["attention"] += 1
+        dead = erase_dead(gm)
+        if reasons:
+            update_info(gm, reasons=info(gm).reasons | {f"attention at {name}": why for name, why in reasons.items()})
+        gm.recompile()
+        return PassResult(gm, bool(rw.changes or dead or reasons), counts, reasons)
+
+
+def _from_sdpa(rw: Rewriter, node: Node) -> Node:
+    """scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, *, scale, enable_gqa)."""
+    query, key, value = node.args[:3]
+    mask = argument(node, 3, "attn_mask")
+    if argument(node, 4, "dropout_p", 0.0):
+        raise _NotAttention("it drops weights at random")
+    causal = bool(argument(node, 5, "is_causal", False))
+    if causal and shape_of(operand(node, 0))[-2] != shape_of(operand(node, 1))[-2]:
+        raise _NotAttention("its causal order aligns the first query with the first key, and their numbers differ")
+    scale = node.kwargs.get("scale")
+    scores = _Scores(float(scale if scale is not None else int(shape_of(operand(node))[-1]) ** -0.5))
+    if mask is not None:
+        scores.biases.append(_additive(rw, node, mask, dtype_of(node)))
+    return _emit(rw, node, (query, key, value), scores, causal)
+
+
+def _additive(rw: Rewriter, node: Node, mask: Node, dtype: torch.dtype) -> Node:
+    """A boolean mask (True: may attend) as a term that is added."""
+    if dtype_of(mask) != torch.bool:
+        return mask
+    blocked = rw.call(node, aten.logical_not.default, mask)
+    return _blocked(rw, node, blocked, dtype)
+
+
+def _blocked(rw: Rewriter, node: Node, blocked: Node, dtype: torch.dtype) -> Node:
+    """-inf where ``blocked``, else 0."""
+    device = rw.types.device
+    zero = rw.call(node, aten.full.default, [], 0.0, dtype=dtype, device=device)
+    lowest = rw.call(node, aten.full.default, [], float("-inf"), dtype=dtype, device=device)
+    return rw.call(node, aten.where.self, blocked, lowest, zero)
+
+
+def _from_formula(rw: Rewriter, softmax: Node) -> Node | None:
+    """Looks from a softmax at what feeds it and what reads it."""
+    weights = softmax
+    while len(weights.users) == 1 and is_call(next(iter(weights.users)), CONVERT):
+        weights = next(iter(weights.users))
+    users = list(weights.users)
+    product = next(
+        (u for u in users if is_call(u, aten.matmul.default, aten.bmm.default) and u.args[0] is weights), None
+    )
+    if product is None:
+        return None
+    found = _find_scores(rw, product, operand(softmax))
+    if found is None:
+        return None
+    if len(users) != 1 or len(softmax.users) != 1:
+        raise _NotAttention("its weights are used elsewhere too, e.g. returned")
+    scores, query, key = found
+    return _emit(rw, product, (query, key, operand(product, 1)), scores, False)
+
+
+def _find_scores(rw: Rewriter, at: Node, node: Any) -> tuple[_Scores, Node, Node] | None:
+    """Walks from the softmax's operand to the product of queries and keys, and collects what it passes."""
+    scores, outer, capped_biases = _Scores(), 1.0, 0
+    while isinstance(node, Node):
+        if is_call(node, CONVERT) and dtype_of(node).is_floating_point:
+            node = operand(node)
+        elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], int | float):
+            outer *= node.args[1] if node.target is aten.mul.Tensor else 1.0 / node.args[1]
+            node = operand(node)
+        elif is_call(node, aten.tanh.default) and not scores.softcap and outer > 0:
+            # outer * tanh(inner): the op's cap is ``outer``, and its factor stands inside the tanh, divided by the cap.
+            scores.softcap, capped_biases = outer, len(scores.biases)
+            node = operand(node)
+        elif is_call(node, aten.masked_fill.Scalar) and node.args[2] <= LOWEST:
+            # What is blocked stays blocked under any factor, so the factor need not be applied to it.
+            scores.biases.append(_blocked(rw, at, operand(node, 1), dtype_of(node)))
+            node = operand(node)
+        elif is_call(node, aten.add.Tensor) and len(node.args) == 2:
+            inner = next((a for a in node.args if _is_scores(a)), None)
+            bias = next((a for a in node.args if a is not inner), None)
+            if inner is None or not isinstance(bias, Node):
+                return None
+            scores.biases.append(bias if outer == 1.0 else rw.call(at, aten.mul.Tensor, bias, outer))
+            node = inner
+        elif is_call(node, aten.matmul.default, aten.bmm.default):
+            break
+        else:
+            return None
+    if not isinstance(node, Node):
+        return None
+    query, left = _take_factor(rw, at, operand(node))
+    key, right = _take_factor(rw, at, operand(node, 1))
+    scores.scale = outer * left * right
+    if scores.softcap and len(scores.biases) != capped_biases:
+        raise _NotAttention("it masks scores before it caps them")
+    rank = rank_of(key)
+    swap = [*range(rank - 2), rank - 1, rank - 2]
+    order = operand(key, 1) if is_call(key, aten.permute.default) else None
+    if order is not None and [order[i] for i in swap] == list(range(rank)):
+        key = operand(key)
+    elif order is not None:
+        key = rw.call(at, aten.permute.default, operand(key), [order[i] for i in swap])
+    else:
+        key = rw.call(at, aten.permute.default, key, swap)
+    return scores, query, key
+
+
+def _is_scores(node: Any) -> bool:
+    """True for a node on the way to a product of two computed tensors."""
+    for _ in range(8):
+        if is_call(node, aten.matmul.default, aten.bmm.default):
+            return True
+        if is_call(node, aten.add.Tensor):
+            return any(_is_scores(a) for a in node.args)
+        if not is_call(node, CONVERT, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.masked_fill.Scalar):
+            return False
+        node = operand(node)
+    return False
+
+
+def _take_factor(rw: Rewriter, at: Node, node: Node) -> tuple[Node, float]:
+    """A number that queries or keys are multiplied by before the product, looked for behind views too."""
+    chain: list[Node] = []
+    inner = node
+    while is_call(inner, *_MOVES):
+        chain.append(inner)
+        inner = operand(inner)
+    if not (is_call(inner, aten.mul.Tensor, aten.div.Tensor) and isinstance(inner.args[1], int | float)):
+        return node, 1.0
+    factor = inner.args[1] if inner.target is aten.mul.Tensor else 1.0 / inner.args[1]
+    moved = operand(inner)
+    if fact(moved, TensorType) != fact(inner, TensorType):
+        return node, 1.0
+    for move in reversed(chain):
+        moved = rw.call(at, move.target, moved, *move.args[1:], type=fact(move, TensorType), **move.kwargs)
+    return moved, float(factor)
+
+
+def _emit(rw: Rewriter, node: Node, operands: tuple[Node, Node, Node], scores: _Scores, causal: bool) -> Node:
+    """Replaces ``node``, which yields [B, H, S, Dv] or [B, S, Dv], by the op."""
+    query, key, value = operands
+    if rank_of(query) not in (3, 4) or len({rank_of(o) for o in operands}) != 1:
+        raise _NotAttention(f"its operands have {[rank_of(o) for o in operands]} axes, 3 or 4 are known")
+    single = rank_of(query) == 3
+    if single:
+        query, key, value = (rw.call(node, aten.unsqueeze.default, o, 1) for o in operands)
+        scores.biases = [rw.call(node, aten.unsqueeze.default, b, 1) if rank_of(b) == 3 else b for b in scores.biases]
+    key, value = _without_repeat(key, value, query)
+    _check(query, key, value)
+    bias = scores.biases[0] if scores.biases else None
+    for other in scores.biases[1:]:
+        bias = rw.call(node, aten.add.Tensor, bias, other)
+    args = (query, key, value, None, bias, None, scores.scale, causal, -1, -1, scores.softcap)
+    out = rw.call(node, ATTENTION, *args)
+    out = (
+        rw.call(node, aten.select.int, out, 2, 0) if single else rw.call(node, aten.permute.default, out, [0, 2, 1, 3])
+    )
+    if fact(out, TensorType) != fact(node, TensorType):
+        out = rw.call(node, CONVERT, out, dtype_of(node))
+    rw.replace(node, out)
+    return out
+
+
+def _check(query: Node, key: Node, value: Node) -> None:
+    q, k, v = shape_of(query), shape_of(key), shape_of(value)
+    if not (q[0] == k[0] == v[0] and k[1] == v[1] and k[2] == v[2] and q[3] == k[3]):
+        raise _NotAttention(f"its operands broadcast: {q}, {k}, {v}")
+    if not (isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1] == 0):
+        raise _NotAttention(f"{q[1]} query heads do not divide among {k[1]} key heads")
+    if not dtype_of(query) == dtype_of(key) == dtype_of(value):
+        raise _NotAttention("its operands differ in dtype")
+
+
+def _without_repeat(key: Node, value: Node, query: Node) -> tuple[Node, Node]:
+    """Keys and values before their heads were repeated for the query heads, where both were repeated alike."""
+    narrow = [_unrepeated(node) for node in (key, value)]
+    if all(n is not None for n in narrow) and len({shape_of(n)[1] for n in narrow if n is not None}) == 1:
+        return narrow[0], narrow[1]
+    return key, value
+
+
+def _unrepeated(node: Node) -> Node | None:
+    """x of reshape(expand(unsqueeze(x, 2), [B, Hkv, n, S, D]), [B, Hkv * n, S, D]): each head n times in a row."""
+    if is_call(node, aten.repeat_interleave.self_int) and argument(node, 2, "dim") == 1:
+        return operand(node)
+    if not (is_call(node, aten.reshape.default) and is_call(operand(node), aten.expand.default)):
+        return None
+    expanded = operand(node)
+    narrow = operand(expanded)
+    if not (is_call(narrow, aten.unsqueeze.default) and narrow.args[1] == 2):
+        return None
+    source = operand(narrow)
+    b, h, s, d = shape_of(source)
+    wide = shape_of(expanded)
+    fits = wide[:2] == (b, h) and wide[3:] == (s, d) and shape_of(node) == (b, h * wide[2], s, d)
+    return source if fits else None
