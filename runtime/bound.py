@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tilewright.errors import InputError, TilewrightError
 from tilewright.runtime.memory import Arena
-from tilewright.runtime.phase import STEP, Phase
-from tilewright.runtime.schedule import Eager, Launch, Linear
+from tilewright.runtime.phase import Phase
+from tilewright.runtime.schedule import STEP, Eager, Launch, Linear
 from tilewright.runtime.stats import RunCounts
 from tilewright.runtime.weights import PackedLinear, linear_into
 
@@ -55,21 +55,25 @@ class Bound:
     Args:
         phase: what to run.
         sizes: values of the phase's symbols.
+        placed: the memory plan at these sizes.
         arena: memory that is large enough, and stays in place while this is used.
         earlier: the phase before it, bound for the same call.
     """
 
-    def __init__(self, phase: Phase, sizes: Sequence[int], arena: Arena, earlier: "Bound | None") -> None:
+    def __init__(
+        self, phase: Phase, sizes: Sequence[int], placed: tuple[np.ndarray, int], arena: Arena, earlier: "Bound | None"
+    ) -> None:
         self.phase, self.arena, self._earlier = phase, arena, earlier
         self.sizes: tuple[int, ...] = phase.sizes(*sizes)
         self.symbol_values = tuple(sizes)
         self._has_zero = 0 in sizes
-        placed, self._planned_bytes = phase.plan.place(sizes)
-        self._offsets = dict(zip(phase.plan.values, placed.tolist(), strict=True))
+        offsets, self._planned_bytes = placed
+        self._offsets = dict(zip(phase.plan.values, offsets.tolist(), strict=True))
         self.bases: np.ndarray = phase.weight_bases.copy() if earlier is None else earlier.bases.copy()
-        self.bases[phase.plan.value_numbers] = placed + arena.address
+        self.bases[phase.plan.value_numbers] = offsets + arena.address
         self.schedule = phase.schedule(self.sizes)
-        self._views: list[Tensor | None] = [None] * len(phase.views)
+        self._tensors: dict[tuple[object, ...], Tensor] = {}
+        self._views: list[Tensor | None] = list(phase.weight_views)
         self._fill(np.array(self.sizes, dtype=np.int64))
         self._outputs: list[tuple[int, tuple[int, ...], torch.dtype]] = []
         self._fresh_outputs: list[tuple[int, tuple[int, ...]]] = []
@@ -82,25 +86,23 @@ class Bound:
 
     def _fill(self, sizes: np.ndarray) -> None:
         """Argument slots and steps, but for the addresses that differ from call to call."""
-        phase, order = self.phase, self.schedule.order
-        if phase.narrow.size and int(sizes[phase.narrow].max()) > _LARGEST_INT32:
+        phase, schedule = self.phase, self.schedule
+        if max(self.sizes, default=0) > _LARGEST_INT32 and (sizes[phase.narrow] > _LARGEST_INT32).any():
             raise InputError(
                 "the input is too large for this program",
-                why=f"a kernel would get a size of {int(sizes[phase.narrow].max())}, which 32 bits do not hold",
+                why=f"a kernel would get a size of {sizes[phase.narrow].max()}, which 32 bits do not hold",
                 hint="call it with fewer or shorter sequences at a time",
             )
+        positions, values, added = phase.laid_out
         self.slots = phase.template.copy()
-        self.slots[phase.scalar_positions] = sizes[phase.scalar_sizes]
-        positions, values, byte_offsets = phase.planned
-        self.slots[positions] = self.bases[values] + sizes[byte_offsets]
+        self.slots[positions] = self.bases[values] + sizes[added]
         self._given_offsets = sizes[phase.given[2]]
-        grids = sizes[phase.grids[order]]
-        self._steps = np.zeros(len(order), dtype=STEP)
-        self._steps["fn"] = phase.functions[order]
-        self._steps["args"] = phase.starts[order] * np.uint64(8) + np.uint64(self.slots.ctypes.data)
+        grids = sizes[schedule.grids]
+        self._kernels = len(grids) if grids.all() else int(np.count_nonzero(grids.all(axis=1)))
+        self._steps = schedule.steps.copy()
+        self._steps["args"] = schedule.arguments + np.uint64(self.slots.ctypes.data)
         self._steps["grid"] = grids
         self._steps_address = self._steps.ctypes.data
-        self._kernels = int(np.count_nonzero(grids.all(axis=1)))
 
     def run(self, call: Call) -> None:
         """Runs all steps of the phase."""
@@ -149,7 +151,7 @@ class Bound:
         return int(self.bases[value]) if tensor is None else tensor.data_ptr()
 
     def tensor(self, number: int, call: Call) -> Tensor:
-        """Tensor of a view of the phase; those of planned memory and weights are kept."""
+        """Tensor of a view of the phase; those of planned memory are kept."""
         found = self._views[number]
         if found is not None:
             return found
@@ -159,14 +161,15 @@ class Bound:
         base = call.tensors.get(view.value)
         if base is not None:
             return base.as_strided(shape, strides, base.storage_offset() + sizes[view.offset])
-        weight = self.phase.weights.get(view.value)
-        if isinstance(weight, Tensor):
-            base, start = weight, weight.storage_offset()
-        else:
-            arena, offset = self._planned_at(view.value)
+        # Layers are alike and reuse memory, so many views are the same; making a tensor costs more than finding one.
+        arena, offset = self._planned_at(view.value)
+        key = (arena, offset, sizes[view.offset], view.dtype, shape, strides)
+        found = self._tensors.get(key)
+        if found is None:
             base = arena.tensor(view.dtype)
-            start = base.storage_offset() + offset // view.dtype.itemsize
-        found = self._views[number] = base.as_strided(shape, strides, start + sizes[view.offset])
+            start = base.storage_offset() + offset // view.dtype.itemsize + sizes[view.offset]
+            found = self._tensors[key] = base.as_strided(shape, strides, start)
+        self._views[number] = found
         return found
 
     def _planned_at(self, value: int) -> tuple[Arena, int]:
@@ -257,13 +260,13 @@ class Workspace:
             known.move_to_end(sizes)
             return bound
         phase, arena = self._phases[index], self._arenas[index]
-        needed = phase.plan.place(sizes)[1]
-        if needed > arena.bytes or not arena.address:
+        placed = phase.plan.place(sizes)
+        if placed[1] > arena.bytes or not arena.address:
             # What is bound here, and later, points into memory that goes away now.
             for later in self._bound[index:]:
                 later.clear()
-            arena.reserve(needed)
-        bound = known[sizes] = Bound(phase, sizes, arena, earlier)
+            arena.reserve(placed[1])
+        bound = known[sizes] = Bound(phase, sizes, placed, arena, earlier)
         if len(known) > _PLANS_KEPT:
             known.popitem(last=False)
         return bound

@@ -6,7 +6,7 @@ on addresses is a list of positions among the argument slots. A call then only f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +14,13 @@ import sympy
 import torch
 
 from tilewright.ir.kernels import BuiltKernel, KernelSource
-from tilewright.ir.program import Choice, EagerStep, KernelStep, Pointer, ProgramSpec, Step, Storage, View
+from tilewright.ir.program import Choice, EagerStep, KernelStep, ProgramSpec, Scalar, Step, Storage, View
 from tilewright.ir.sizes import Size, compile_sizes, contiguous_strides
 from tilewright.runtime.memory import MemoryPlan
 from tilewright.runtime.schedule import (
     Eager,
     FreshOutputs,
+    KernelArrays,
     Linear,
     PlainStep,
     Schedule,
@@ -28,17 +29,6 @@ from tilewright.runtime.schedule import (
     step_name,
 )
 from tilewright.runtime.weights import LoadedWeight, PackedLinear
-
-STEP = np.dtype(
-    [
-        ("fn", np.uint64),
-        ("args", np.uint64),
-        ("grid", np.int32, (3,)),
-        ("flags", np.int32),
-        ("chunk", np.int64),
-    ]
-)
-"""One kernel launch as the native launcher reads it."""
 
 FLOAT_BITS = {
     "fp16": (torch.float16, torch.int16),
@@ -75,19 +65,6 @@ class IndexedView:
     offset: int
 
 
-@dataclass
-class _Pointers:
-    """Slots that hold addresses: position of the slot, the value, and the byte offset as a number of the size table."""
-
-    positions: list[int] = field(default_factory=list)
-    values: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        positions, values, offsets = (np.array(n, np.int64) for n in (self.positions, self.values, self.offsets))
-        return positions, values, offsets
-
-
 class Phase:
     """The steps of one stretch, with their arguments as arrays.
 
@@ -102,13 +79,13 @@ class Phase:
 
     Attributes:
         views: views that vendor and eager steps take tensors of.
+        weight_views: the tensors of those that show a weight, None for the others.
         outputs: whole views of the returned values that are written here.
-        functions, starts, grids: per kernel: entry point, first argument slot, sizes of the grid.
         template: argument slots, with constants and addresses of weights in place.
-        weight_bases: by value index, addresses of the weights, 0 for other values.
-        planned: slots with addresses of planned memory: positions, values, byte offsets as numbers of the size table.
-        given: the same of inputs and outputs, with indices into ``given_values`` as values.
-        scalar_positions, scalar_sizes: slots with sizes.
+        weight_bases: by value index, addresses of the weights, 0 for other values; a 0 at the end.
+        laid_out: [3, slots] of the slots that depend on sizes: position, value whose address is in it (or the number of
+            values: none), and a number of the size table, for what is added to it.
+        given: the same for slots with addresses of inputs and outputs; their second row indexes ``given_values``.
         narrow: sizes that kernels take as 32-bit integers.
     """
 
@@ -124,11 +101,12 @@ class Phase:
     ) -> None:
         self.spec, self.steps, self.symbols, self.plan, self.weights = spec, tuple(steps), tuple(symbols), plan, weights
         self._fresh = fresh
-        self.weight_bases = np.zeros(len(spec.values), dtype=np.int64)
+        self.weight_bases = np.zeros(len(spec.values) + 1, dtype=np.int64)
         for value, weight in weights.items():
             self.weight_bases[value] = weight.data_ptr() if isinstance(weight, torch.Tensor) else 0
         self.table = SizeTable()
         self.views: list[IndexedView] = []
+        self.weight_views: list[torch.Tensor | None] = []
         flat = flatten(steps)
         self._add_kernels([step for step in flat if isinstance(step, KernelStep)], kernels)
         self._actions = {id(step): self._action(step) for step in flat if not isinstance(step, KernelStep)}
@@ -142,53 +120,59 @@ class Phase:
         self.sizes = self.table.compile(self.symbols)
 
     def _add_kernels(self, steps: Sequence[KernelStep], kernels: Mapping[KernelSource, BuiltKernel]) -> None:
-        self._kernel_number = {id(step): number for number, step in enumerate(steps)}
-        self.functions = np.array([kernels[step.kernel].address for step in steps], dtype=np.uint64)
         counts = [len(step.args) for step in steps]
-        self.starts = np.cumsum([0, *counts], dtype=np.uint64)[:-1]
+        starts = np.cumsum([0, *counts], dtype=np.uint64)[:-1]
         self.template = np.zeros(max(1, sum(counts)), dtype=np.int64)
-        grids = [[self.table.add(size) for size in step.grid] for step in steps]
-        self.grids = np.array(grids, dtype=np.int64).reshape(-1, 3)
-        planned, given = _Pointers(), _Pointers()
-        scalars: dict[int, int] = {}
-        narrow = set(self.grids.ravel().tolist())
-        self._slots_of: dict[int, list[tuple[int, int, int | None]]] = {}
+        grids = np.array([[self.table.add(size) for size in step.grid] for step in steps], dtype=np.int64)
+        narrow = set(grids.ravel().tolist())
+        laid_out: list[tuple[int, int, int]] = []
+        given: list[tuple[int, int, int]] = []
+        slots_of: dict[int, list[tuple[int, int, int | None]]] = {}
         for number, step in enumerate(steps):
             for argument, (_, kind) in enumerate(step.kernel.signature):
-                position, content = int(self.starts[number]) + argument, step.args[argument]
-                if isinstance(content, Pointer):
-                    self._add_pointer(number, position, content.view, planned, given)
-                elif kind in FLOAT_BITS:
-                    self.template[position] = _float_bits(float(content.value), kind)
-                else:
-                    scalars[position] = self.table.add(content.value)
-                    narrow |= {scalars[position]} if kind not in ("i64", "u64") else set()
-        self.given_values = tuple(dict.fromkeys(given.values))
-        given.values = [self.given_values.index(value) for value in given.values]
-        self.planned, self.given = planned.arrays(), given.arrays()
-        self.scalar_positions = np.array(list(scalars), dtype=np.int64)
-        self.scalar_sizes = np.array(list(scalars.values()), dtype=np.int64)
+                position, content = int(starts[number]) + argument, step.args[argument]
+                if isinstance(content, Scalar):
+                    if kind in FLOAT_BITS:
+                        self.template[position] = _float_bits(float(content.value), kind)
+                        continue
+                    size = self.table.add(content.value)
+                    laid_out.append((position, len(self.spec.values), size))
+                    narrow |= {size} if kind not in ("i64", "u64") else set()
+                    continue
+                value, offset = self._address(content.view)
+                if offset is None:
+                    self.template[position] = value
+                    continue
+                is_given = self.spec.values[value].storage in (Storage.INPUT, Storage.OUTPUT)
+                (given if is_given else laid_out).append((position, value, offset))
+                slots_of.setdefault(value, []).append((number, position, offset if content.view.offset != 0 else None))
+        self.given_values = tuple(dict.fromkeys(value for _, value, _ in given))
+        given = [(position, self.given_values.index(value), offset) for position, value, offset in given]
+        self.laid_out, self.given = (np.array(rows, np.int64).reshape(-1, 3).T.copy() for rows in (laid_out, given))
         self.narrow = np.array(sorted(narrow), dtype=np.int64)
+        functions = np.array([kernels[step.kernel].address for step in steps], dtype=np.uint64)
+        numbers = {id(step): number for number, step in enumerate(steps)}
+        self._kernels = KernelArrays(numbers, functions, starts, grids.reshape(-1, 3), slots_of)
 
-    def _add_pointer(self, kernel: int, position: int, view: View, planned: _Pointers, given: _Pointers) -> None:
-        value = self.spec.values[view.value]
-        offset = sympy.sympify(view.offset) * value.dtype.itemsize
+    def _address(self, view: View) -> tuple[int, int | None]:
+        """(value, byte offset as a number of the size table), or (address, None) if it never changes."""
+        offset = sympy.sympify(view.offset) * self.spec.values[view.value].dtype.itemsize
         weight = self.weights.get(view.value)
         if isinstance(weight, torch.Tensor) and offset.is_Integer:
-            self.template[position] = weight.data_ptr() + int(offset)
-            return
-        number = self.table.add(offset)
-        pointers = given if value.storage in (Storage.INPUT, Storage.OUTPUT) else planned
-        pointers.positions.append(position)
-        pointers.values.append(view.value)
-        pointers.offsets.append(number)
-        self._slots_of.setdefault(view.value, []).append((kernel, position, None if offset == 0 else number))
+            return weight.data_ptr() + int(offset), None
+        return view.value, self.table.add(offset)
 
     def add_view(self, view: View) -> int:
         """Number of the view among ``views``."""
         dtype = self.spec.values[view.value].dtype
         shape, strides = (tuple(map(self.table.add, sizes)) for sizes in (view.shape, view.strides))
         self.views.append(IndexedView(view.value, dtype, shape, strides, self.table.add(view.offset)))
+        weight = self.weights.get(view.value)
+        if isinstance(weight, torch.Tensor):
+            shape, strides = (tuple(map(int, sizes)) for sizes in (view.shape, view.strides))
+            self.weight_views.append(weight.as_strided(shape, strides, weight.storage_offset() + int(view.offset)))
+        else:
+            self.weight_views.append(None)
         return len(self.views) - 1
 
     def whole_view(self, value: int) -> int:
@@ -231,7 +215,7 @@ class Phase:
         for step in self.steps:
             running += flatten(step.table[key[self._decided_by[id(step)]]][2] if isinstance(step, Choice) else (step,))
         fresh = self._fresh.among(running)
-        return make_schedule(self.spec, running, self._kernel_number, self._actions, fresh, self._slots_of)
+        return make_schedule(self.spec, running, self._kernels, self._actions, fresh)
 
 
 def _float_bits(value: float, kind: str) -> int:

@@ -12,6 +12,37 @@ from tilewright.runtime.weights import LoadedWeight, PackedLinear
 
 PlainStep = KernelStep | VendorLinear | EagerStep
 
+STEP = np.dtype(
+    [
+        ("fn", np.uint64),
+        ("args", np.uint64),
+        ("grid", np.int32, (3,)),
+        ("flags", np.int32),
+        ("chunk", np.int64),
+    ]
+)
+"""One kernel launch as the native launcher reads it."""
+
+
+@dataclass(frozen=True)
+class KernelArrays:
+    """The kernel steps of a phase, numbered.
+
+    Attributes:
+        numbers: by ``id`` of the step.
+        functions: entry points.
+        starts: position of each one's first argument slot.
+        grids: [kernels, 3] numbers of the size table.
+        slots_of: by value, the slots that hold its address: (kernel, position, byte offset as a number of the size
+            table, None for 0).
+    """
+
+    numbers: Mapping[int, int]
+    functions: np.ndarray
+    starts: np.ndarray
+    grids: np.ndarray
+    slots_of: Mapping[int, Sequence[tuple[int, int, int | None]]]
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -61,13 +92,17 @@ class Schedule:
     """What runs for one outcome of all tables.
 
     Attributes:
-        order: numbers of the kernels that run, in order.
+        steps: records of the kernels that run, in order, with nothing but their functions filled in.
+        arguments: bytes from the first argument slot of the phase to theirs.
+        grids: as in ``KernelArrays``.
         names: of those kernels.
         actions: what to do in order, each with the fresh values that nothing needs afterwards.
         fresh: values for which a result of the vendor library stands.
     """
 
-    order: np.ndarray
+    steps: np.ndarray
+    arguments: np.ndarray
+    grids: np.ndarray
     names: tuple[str, ...]
     actions: tuple[tuple[Action, tuple[int, ...]], ...]
     fresh: frozenset[int]
@@ -141,24 +176,22 @@ def _covers(view: View, shape: Sequence[Size]) -> bool:
 def make_schedule(
     spec: ProgramSpec,
     steps: Sequence[PlainStep],
-    kernel_number: Mapping[int, int],
+    kernels: KernelArrays,
     actions: Mapping[int, Linear | Eager],
     fresh: Mapping[int, int],
-    slots_of: Mapping[int, Sequence[tuple[int, int, int | None]]],
 ) -> Schedule:
     """Groups the steps that run.
 
     Args:
         spec: the program.
         steps: those that run, in order.
-        kernel_number: by ``id`` of a kernel step.
+        kernels: of the phase.
         actions: by ``id`` of a vendor or eager step.
         fresh: as of ``FreshOutputs.among``.
-        slots_of: by value, the slots that hold its address: (kernel number, position, byte offset as in ``Linear``).
     """
-    kernels = [step for step in steps if isinstance(step, KernelStep)]
-    order = [kernel_number[id(step)] for step in kernels]
-    running = set(order)
+    launches = [step for step in steps if isinstance(step, KernelStep)]
+    order = np.array([kernels.numbers[id(step)] for step in launches], dtype=np.int64)
+    running = set(order.tolist())
     made: list[Action] = []
     last_use: dict[int, int] = {}
     launched = 0
@@ -172,7 +205,7 @@ def make_schedule(
         else:
             action: Action = actions[id(step)]
             if position in fresh and isinstance(action, Linear):
-                slots = slots_of.get(fresh[position], ())
+                slots = kernels.slots_of.get(fresh[position], ())
                 patches = tuple((place, offset) for kernel, place, offset in slots if kernel in running)
                 action = Linear(action.name, action.x, action.weight, action.bias, action.out, fresh[position], patches)
             made.append(action)
@@ -181,7 +214,13 @@ def make_schedule(
     for value in fresh.values():
         if spec.values[value].storage is Storage.ARENA:
             done[last_use[value]] += (value,)
-    names = tuple(step.kernel.name for step in kernels)
+    records = np.zeros(len(launches), dtype=STEP)
+    records["fn"] = kernels.functions[order]
     return Schedule(
-        np.array(order, dtype=np.int64), names, tuple(zip(made, done, strict=True)), frozenset(fresh.values())
+        steps=records,
+        arguments=kernels.starts[order] * np.uint64(8),
+        grids=kernels.grids[order],
+        names=tuple(step.kernel.name for step in launches),
+        actions=tuple(zip(made, done, strict=True)),
+        fresh=frozenset(fresh.values()),
     )

@@ -14,8 +14,8 @@ from tilewright.codegen.cpu import launch
 from tilewright.errors import InputError, TilewrightError
 from tilewright.ir.program import Choice, KernelStep, Pointer, ReadTokens, Scalar, Storage, VendorLinear, View
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
-from tilewright.runtime.phase import STEP
 from tilewright.runtime.program import Program
+from tilewright.runtime.schedule import STEP
 
 BIND = [(BATCH, 0, 0), (SEQ, 0, 1)]
 Reference = Callable[[dict[int, Tensor]], Tensor]
