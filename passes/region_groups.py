@@ -17,13 +17,6 @@ from tilewright.passes.tile_dependence import Access, OperandRead, operand_reads
 aten = torch.ops.aten
 packing = torch.ops.tilewright
 
-# Their kernels do one thing: rebuilding padding also fills places that no packed row stands for, and a concatenation
-# reads each operand at other columns than it writes.
-_ALONE = {
-    packing.scatter_rows.default: "rebuilds padding in a kernel of its own",
-    aten.cat.default: "moves its operands to other places in a kernel of its own",
-}
-
 
 @dataclass
 class Group:
@@ -32,7 +25,7 @@ class Group:
     Attributes:
         anchor: kernel family.
         members: computing nodes, views absorbed between them and reads of several results, by node, in graph order.
-        repeated: members of lower rank or with broadcast axes, cheap enough to be computed again in each tile.
+        repeated: members whose elements each tile computes where it needs them, see ``may_repeat``.
         reason: for OPAQUE, why no kernel is made.
     """
 
@@ -63,9 +56,9 @@ def why_not_joined(producer: Group, consumer: Group, between: Iterable[Node]) ->
     if Anchor.OPAQUE in (producer.anchor, consumer.anchor):
         return _why_not_opaque(producer, consumer)
     for group in (producer, consumer):
-        for node in group.members:
-            if node.target in _ALONE:
-                return f"'{node.name}' {_ALONE[node.target]}"
+        scatter = next((node.name for node in group.members if node.target == packing.scatter_rows.default), None)
+        if scatter is not None:
+            return f"'{scatter}' also fills places that no packed row stands for, in a kernel of its own"
         head = next(iter(group.members)).name
         if group.anchor is Anchor.INDEX:
             return f"the row index '{head}' must be complete before any packed row is known"
@@ -155,7 +148,7 @@ def _why_no_common_rows(producer: Group, consumer: Group, between: tuple[Node, .
     ours, theirs = next(iter(consumer.members)), next(reversed(producer.members))
     return (
         f"'{ours.name}' works on {_text(shape_of(ours))} and '{theirs.name}' on {_text(shape_of(theirs))}, "
-        "which have no rows in common"
+        "which divide into different rows or columns"
     )
 
 
@@ -193,25 +186,30 @@ def _rows_agree(shapes: list[tuple[Size, ...]], r: int) -> bool:
 
 
 def may_repeat(producer: Group, consumer: Group, between: tuple[Node, ...]) -> bool:
-    """Whether a producer that is broadcast is so cheap that each tile may compute what it needs of it again.
+    """Whether each tile of the consumer may itself compute what it needs of a producer, whichever tiles that is.
 
-    Its nodes are look-ups, indices and conversions that nobody else reads, each element at the consumer's index.
+    So it is when nobody else reads the producer, no axis of it is needed whole, and computing an element costs no more
+    than reading it: look-ups, indices and conversions. Any pointwise work may be, where it is only concatenated: then
+    each element is needed once.
     """
     if producer.anchor is not Anchor.ROW or consumer.anchor is not Anchor.ROW:
         return False
     inner = {*producer.members, *between}
-    if not all(_is_cheap(node) for node in producer.work()):
-        return False
     if any(user not in inner and user not in consumer.members for node in inner for user in node.users):
         return False
     if any(source in consumer.members for node in inner for source in node.all_input_nodes):
         return False
-    reads = [read for _, read in _edges([*between, *consumer.members], inner)]
-    return all(how.access in (Access.SAME, Access.FIRST) for read in reads for how in read.axes)
+    edges = list(_edges([*between, *consumer.members], inner))
+    if any(how.access is Access.WHOLE for _, read in edges for how in read.axes):
+        return False
+    if all(node.target == aten.cat.default for node, _ in edges if node in consumer.members):
+        each_element_alone = (Flow.POINTWISE, Flow.CREATE, Flow.LOOKUP)
+        return all(traits_of(node.target).flow in each_element_alone for node in producer.work())
+    return all(_is_cheap(node) for node in producer.work())
 
 
 def _is_cheap(node: Node) -> bool:
-    """Whether computing the node again costs no more than reading a stored copy: look-ups, indices, conversions."""
+    """Whether computing an element costs no more than reading it from memory: look-ups, indices, conversions."""
     flow = traits_of(node.target).flow
     if flow in (Flow.LOOKUP, Flow.CREATE) or node.target is torch.ops.prims.convert_element_type.default:
         return True

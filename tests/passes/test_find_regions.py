@@ -182,6 +182,38 @@ def test_cheap_positions_are_computed_again_in_each_row() -> None:
     assert regions(fused(g, out)) == [("row", "places row embedded out")]
 
 
+def test_cheap_positions_are_computed_where_they_are_gathered() -> None:
+    g = GraphBuilder()
+    row_index = g.input("row_index", TOKENS, dtype=torch.int32)
+    ids = g.input("ids", BATCH, SEQ, dtype=torch.int64)
+    places = g.call(aten.arange.start_step, 0, g.size(ids, 1), 1, dtype=torch.int64, name="places")
+    grid = g.call(aten.expand.default, g.call(aten.unsqueeze.default, places, 0, name="row"), [7, 13], name="grid")
+    packed = g.call(packing.gather_rows.default, grid, row_index, name="packed")
+    gm = fused(g, g.call(aten.embedding.default, g.weight("table", 20, 24), packed, name="out"))
+    assert regions(gm) == [("row", "places row grid packed out")]
+
+
+def test_rotation_of_halves_is_one_region() -> None:
+    g = GraphBuilder()
+    x, cos, sin = g.input("x", TOKENS, 2, 8), g.input("cos", TOKENS, 1, 8), g.input("sin", TOKENS, 1, 8)
+    low, high = g.call(aten.slice.Tensor, x, 2, 0, 4), g.call(aten.slice.Tensor, x, 2, 4, 8)
+    turned = g.call(aten.cat.default, [g.call(aten.neg.default, high, name="minus"), low], 2, name="turned")
+    a = g.call(aten.mul.Tensor, x, cos, name="a")
+    out = g.call(aten.add.Tensor, a, g.call(aten.mul.Tensor, turned, sin, name="b"), name="out")
+    assert regions(fused(g, out)) == [("row", "minus turned a b out")]
+
+
+def test_a_concatenation_of_reductions_reads_them_from_memory() -> None:
+    g = GraphBuilder()
+    x = g.input("x", TOKENS, 10)
+    gm = fused(g, g.call(aten.cat.default, [g.norm(x, "norm"), x], 1, name="out"))
+    assert regions(gm) == [("row", "norm"), ("row", "out")]
+    assert (
+        refusals(gm, "out")["norm"]
+        == "'out' works on [T, 20] and 'norm' on [T, 10], which divide into different rows or columns"
+    )
+
+
 def test_dear_work_is_not_repeated_by_a_broadcast() -> None:
     g = GraphBuilder()
     x, y = g.input("x", BATCH, SEQ, 24), g.input("y", 1, SEQ, 24)
