@@ -8,19 +8,26 @@ from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
 from tilewright.codegen.cpu.lower.ttir import Op, Type, Value
 
 
-def reads(ctx: Context, value: Value, moved: bool = False) -> set[tuple[str, bool]]:
+def reads(ctx: Context, value: Value) -> set[tuple[str, bool]]:
     """Scratch memory that evaluating a value reads; the flag says whether at other points than its own."""
-    binding = ctx.bindings.get(value)
-    if isinstance(binding, Buffer):
-        return {(binding.ptr, moved)}
-    if isinstance(binding, Shifted):
-        return reads(ctx, binding.origin, moved)
-    if value.op is None or not value.type.is_tensor:
-        return set()
-    moved = moved or value.op.name in MOVES
     found: set[tuple[str, bool]] = set()
-    for operand in value.op.operands:
-        found |= reads(ctx, operand, moved)
+    seen = {(value, False)}
+    pending = [(value, False)]
+    while pending:
+        current, moved = pending.pop()
+        binding = ctx.bindings.get(current)
+        following: list[Value] = []
+        if isinstance(binding, Buffer):
+            found.add((binding.ptr, moved))
+        elif isinstance(binding, Shifted):
+            following = [binding.origin]
+        elif current.op is not None and current.type.is_tensor:
+            moved = moved or current.op.name in MOVES
+            following = current.op.operands
+        for step in ((v, moved) for v in following):
+            if step not in seen:
+                seen.add(step)
+                pending.append(step)
     return found
 
 

@@ -7,7 +7,15 @@ from tilewright.codegen.cpu.lower.carry import reads
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Shifted
 from tilewright.codegen.cpu.lower.convert import cast
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Point, Uniform, Vector, is_const
-from tilewright.codegen.cpu.lower.nest import best_axis, bounded, index_like, leaf_pointers, materialize, nest
+from tilewright.codegen.cpu.lower.nest import (
+    best_axis,
+    bounded,
+    expression,
+    index_like,
+    leaf_pointers,
+    materialize,
+    nest,
+)
 from tilewright.codegen.cpu.lower.ttir import BF16, F16, F32, F64, I1, I8, I32, Elem, Op, Type, Value
 from tilewright.codegen.cpu.microkernel import TileDot, packed_form, tile_dot
 from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text
@@ -76,12 +84,11 @@ def _uniform(lane: Lane) -> str:
 
 def _separable(ctx: Context, value: Value) -> bool:
     """Whether index arithmetic is a sum of terms with one axis each."""
-    op = value.op
-    if op is None or not value.type.is_tensor:
-        return True
-    if op.name == "arith.muli" and all(ctx.plan.axes(v) for v in op.operands):
-        return False
-    return all(_separable(ctx, v) for v in op.operands)
+    return not any(
+        v.op is not None and v.op.name == "arith.muli" and all(ctx.plan.axes(factor) for factor in v.op.operands)
+        for v in expression(ctx, value)
+        if v.type.is_tensor
+    )
 
 
 def _in_place(ctx: Context, op: Op) -> Tile | None:

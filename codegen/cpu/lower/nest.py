@@ -1,11 +1,11 @@
 """Loops over the elements of a tile: scalar loops around one vector axis, with masks as loop bounds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower.context import Buffer, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Mask, Point, Uniform, is_const
-from tilewright.codegen.cpu.lower.plan import is_lazy
+from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
 from tilewright.codegen.cpu.lower.ttir import I32, Op, Type, Value
 
 # Vectors of one loop iteration; more only lengthen the code, the processor overlaps iterations by itself.
@@ -68,12 +68,25 @@ def _without(point: Point, axis: int) -> Point:
 
 def index_like(ctx: Context, value: Value) -> bool:
     """Whether a value is plain index arithmetic, cheap to evaluate anywhere."""
-    op = value.op
-    if not value.type.is_tensor:
-        return True
-    if op is None or op.name not in _INDEX_OPS or value in ctx.bindings:
-        return False
-    return all(index_like(ctx, operand) for operand in op.operands)
+    return all(
+        not v.type.is_tensor or (v not in ctx.bindings and v.op is not None and v.op.name in _INDEX_OPS)
+        for v in expression(ctx, value)
+    )
+
+
+def expression(ctx: Context, value: Value) -> Iterator[Value]:
+    """The values that evaluating a tensor needs, each once, down to those that have a place already."""
+    seen = {value}
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        yield current
+        if current in ctx.bindings or current.op is None or not is_lazy(current.op):
+            continue
+        for operand in current.op.operands:
+            if operand not in seen:
+                seen.add(operand)
+                pending.append(operand)
 
 
 def bounded(ctx: Context, mask: Value) -> list[Conjunct]:
@@ -207,14 +220,22 @@ def _bounded_vectors(ctx: Context, shape: Sequence[int], axis: int, bound: str, 
 
 def leaf_pointers(ctx: Context, value: Value) -> list[Value]:
     """Pointers of the loads, of the same shape, that evaluating a value runs."""
-    op = value.op
-    if value in ctx.bindings or op is None or not is_lazy(op):
-        return []
-    if op.name == "tt.load":
-        return [op.operands[0]]
-    if any(v.shape != value.shape for v in op.operands if v.type.is_tensor):
-        return []
-    return [leaf for v in op.operands for leaf in leaf_pointers(ctx, v)]
+    found = []
+    seen = {value}
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        op = current.op
+        if current in ctx.bindings or op is None or not is_lazy(op):
+            continue
+        if op.name == "tt.load":
+            found.append(op.operands[0])
+            continue
+        for operand in op.operands:
+            if operand.shape == value.shape and operand not in seen and op.name not in MOVES:
+                seen.add(operand)
+                pending.append(operand)
+    return found
 
 
 def best_axis(ctx: Context, shape: Sequence[int], pointers: Sequence[Value]) -> int:
