@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower import shapes  # noqa: F401  (registers its operations)
 from tilewright.codegen.cpu.lower.access import SAFE_PAGE_IR
+from tilewright.codegen.cpu.lower.atomic import EAGER_ELEMENTS
 from tilewright.codegen.cpu.lower.carry import tile_for
 from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.control import lower_blocks, lower_for, lower_if, lower_while
@@ -156,7 +157,7 @@ def _constant(ctx: Context, op: Op) -> None:
     if op.result.type.is_tensor:
         ctx.levels[op.result] = ctx.b.depth
         return
-    ctx.bind(op.result, Scalar(scalar_literal(op.attrs["value"], op.result.elem)))
+    ctx.bind(op.result, Scalar(scalar_literal(op.attrs.get("value", "0"), op.result.elem)))
 
 
 def _program_id(ctx: Context, op: Op) -> None:
@@ -178,6 +179,10 @@ def _region(ctx: Context, op: Op) -> None:
     lower_blocks(ctx, op.regions[0], lower_block, op.results)
 
 
+def _assert(ctx: Context, op: Op) -> None:
+    raise ctx.unsupported(op, "a kernel on the CPU has no way to stop all others", "compile without debug=True")
+
+
 def _nothing(ctx: Context, op: Op) -> None:
     """Hints and barriers: the threads of a program are one."""
 
@@ -189,7 +194,10 @@ EAGER: dict[str, Callable[[Context, Op], None]] = {
     "tt.reduce": lower_reduce,
     "tt.scan": lower_scan,
     "tt.dot": lower_dot,
+    **EAGER_ELEMENTS,
+    "tt.assert": _assert,
     "arith.constant": _constant,
+    "ub.poison": _constant,
     "tt.get_program_id": _program_id,
     "tt.get_num_programs": _num_programs,
     "tt.unsplat": _unsplat,

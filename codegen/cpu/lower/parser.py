@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 
 from tilewright.codegen.cpu.lower import ttir
-from tilewright.codegen.cpu.lower.text import Locations, closing, split_top, strip_locations
+from tilewright.codegen.cpu.lower.text import Locations, closing, end_of_string, split_top, strip_locations
 from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Module, Op, Type, Value
 from tilewright.errors import UnsupportedOp, Where
 
@@ -178,6 +178,9 @@ class Parser:
             parts = ["", parts[0][2:], *parts[1:]]
         head, types = (parts[0], parts[1:]) if parts else ("", [])
         head, attrs = _take_attrs(head)
+        if (quote := head.find('"')) >= 0:
+            end = end_of_string(head, quote)
+            attrs["text"], head = head[quote:end], head[:quote] + head[end:]
         for extra in types[:-1]:
             head += " " + extra
         settings = dict(_SETTING.findall(head))
@@ -187,7 +190,9 @@ class Parser:
         if name == "arith.constant":
             op.attrs["value"] = head
         op.loc = self._locations.source(loc)
-        op.results = [Value("", type_) for type_ in self._result_types(op, types[-1] if types else "", loc)]
+        # A boolean constant is printed without its type.
+        default = "i1" if name == "arith.constant" else ""
+        op.results = [Value("", type_) for type_ in self._result_types(op, types[-1] if types else default, loc)]
         return op
 
     def _result_types(self, op: Op, text: str, loc: str) -> list[Type]:

@@ -19,7 +19,7 @@ def _integer(ctx: Context, op: Op, a: Lane, b: Lane) -> Lane:
 
 
 def constant(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
-    text = op.attrs["value"]
+    text = op.attrs.get("value", "0")  # ub.poison may have any value
     if text.startswith("dense<"):
         text = text[len("dense<") : -1]
     if text.startswith(("[", '"')):
@@ -141,6 +141,7 @@ def gather(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
 
 LAZY |= {
     "arith.constant": constant,
+    "ub.poison": constant,
     "tt.make_range": make_range,
     "tt.splat": splat,
     "tt.unsplat": splat,

@@ -1,0 +1,190 @@
+"""Operations that go through a tile element by element: atomics, histograms and prints."""
+
+from collections.abc import Sequence
+
+from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
+from tilewright.codegen.cpu.lower.convert import narrow, widen
+from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Point, Uniform
+from tilewright.codegen.cpu.lower.reduce import scalar_nest
+from tilewright.codegen.cpu.lower.ttir import I1, Elem, Op, Value
+
+_KINDS = {
+    "add": "add", "fadd": "fadd", "max": "max", "min": "min", "umax": "umax", "umin": "umin", "and": "and",
+    "or": "or", "xor": "xor", "exch": "xchg",
+}  # fmt: skip
+_ORDERS = {"acq_rel": "acq_rel", "acquire": "acquire", "release": "release", "relaxed": "monotonic"}
+_PRINTF = "declare i32 @printf(ptr, ...)\ndeclare i32 @fflush(ptr)"
+
+
+def _ref(lane: Lane) -> str:
+    if isinstance(lane, Mask) and lane.all_true:
+        return "true"
+    assert isinstance(lane, Uniform), lane
+    return lane.ref
+
+
+def _operands(ctx: Context, op: Op, point: Point) -> list[str]:
+    return [_ref(ctx.simplify(ctx.value(v, point if v.type.is_tensor else ()))) for v in op.operands]
+
+
+def _each(ctx: Context, op: Op, run: str) -> None:
+    """Runs an atomic operation for every element; the old values become its result."""
+    result = op.result
+    step = {"rmw": _rmw, "cas": _cas}[run]
+    if not result.type.is_tensor:
+        ctx.bind(result, Scalar(step(ctx, op, _operands(ctx, op, ()))))
+        return
+    old = ctx.new_buffer(result.type, op) if ctx.plan.users.get(result) else None
+
+    def body(point: Point) -> None:
+        ref = step(ctx, op, _operands(ctx, op, point))
+        if old is not None:
+            ctx.write(old, point, Uniform(result.elem, ref))
+
+    scalar_nest(ctx, result.shape, body)
+    if old is not None:
+        ctx.bind(result, old)
+
+
+def _rmw(ctx: Context, op: Op, refs: Sequence[str]) -> str:
+    """One atomic read-modify-write under its mask; 0 where the mask is false."""
+    elem = op.operands[1].elem
+    kind, order = _KINDS.get(op.words[0]), _ORDERS.get(op.words[1], "seq_cst")
+    if kind is None:
+        raise ctx.unsupported(op, f"an atomic operation of kind {op.words[0]}")
+
+    def run() -> list[str]:
+        if elem.kind in ("bfloat", "fp8"):
+            return [_float_loop(ctx, op, refs[0], refs[1], elem, order)]
+        return [ctx.b.effect_value(f"atomicrmw {kind} ptr {refs[0]}, {elem.llvm} {refs[1]} {order}")]
+
+    if len(refs) < 3 or refs[2] == "true":
+        return run()[0]
+    zero = "0" if elem.llvm.startswith("i") else "0.0" if elem.name != "f16" else "0xH0000"
+    return ctx.b.branch(refs[2], run, lambda: [zero], [elem.llvm])[0]
+
+
+def _float_loop(ctx: Context, op: Op, pointer: str, value: str, elem: Elem, order: str) -> str:
+    """Addition of a type that LLVM has no atomic instruction for, by compare and exchange."""
+    if op.words[0] != "fadd":
+        raise ctx.unsupported(op, f"{op.words[0]} on {elem.name}")
+    b, llvm = ctx.b, elem.llvm
+    first = b.effect_value(f"load atomic {llvm}, ptr {pointer} monotonic, align {elem.size}")
+
+    def attempt(carried: list[str]) -> tuple[str, list[tuple[str, str]]]:
+        total = b.emit(f"fadd float {widen(b, carried[0], elem, 0)}, {widen(b, value, elem, 0)}")
+        new = narrow(b, total, elem, 0)
+        pair = b.effect_value(f"cmpxchg ptr {pointer}, {llvm} {carried[0]}, {llvm} {new} {order} monotonic")
+        found = b.effect_value(f"extractvalue {{{llvm}, i1}} {pair}, 0")
+        failed = b.effect_value(f"icmp ne {llvm} {found}, {carried[0]}")
+        return failed, [(llvm, found)]
+
+    return b.while_loop([(llvm, first)], attempt, lambda found: found)[0]
+
+
+def _cas(ctx: Context, op: Op, refs: Sequence[str]) -> str:
+    """Compare and exchange of the bits."""
+    elem = op.operands[1].elem
+    order = _ORDERS.get(op.words[0], "seq_cst")
+    bits = elem.llvm if elem.llvm.startswith("i") else f"i{elem.bits}"
+    expected, new = (_as_bits(ctx, ref, elem, bits) for ref in refs[1:3])
+    failure = {"acq_rel": "acquire", "release": "monotonic"}.get(order, order)
+    pair = ctx.b.effect_value(f"cmpxchg ptr {refs[0]}, {bits} {expected}, {bits} {new} {order} {failure}")
+    found = ctx.b.effect_value(f"extractvalue {{{bits}, i1}} {pair}, 0")
+    return found if bits == elem.llvm else ctx.b.effect_value(f"bitcast {bits} {found} to {elem.llvm}")
+
+
+def _as_bits(ctx: Context, ref: str, elem: Elem, bits: str) -> str:
+    return ref if bits == elem.llvm else ctx.b.emit(f"bitcast {elem.llvm} {ref} to {bits}")
+
+
+def lower_atomic_rmw(ctx: Context, op: Op) -> None:
+    """``tt.atomic_rmw``."""
+    _each(ctx, op, "rmw")
+
+
+def lower_atomic_cas(ctx: Context, op: Op) -> None:
+    """``tt.atomic_cas``."""
+    _each(ctx, op, "cas")
+
+
+def lower_histogram(ctx: Context, op: Op) -> None:
+    """``tt.histogram``: counts of the values 0 to bins - 1; others are not counted."""
+    source, result = op.operands[0], op.result
+    (bins,) = result.shape
+    counts = Buffer(ctx.scratch(op, result.type.nbytes), result.elem, result.shape)
+    ctx.b.effect(f"call void @llvm.memset.p0.i64(ptr {counts.ptr}, i8 0, i64 {result.type.nbytes}, i1 false)")
+
+    def body(point: Point) -> None:
+        index, *mask = _operands(ctx, op, point)
+        inside = ctx.b.emit(f"icmp ult {source.elem.llvm} {index}, {bins}")
+        if mask and mask[0] != "true":
+            inside = ctx.b.emit(f"and i1 {inside}, {mask[0]}")
+
+        def count() -> list[str]:
+            place = ctx.b.emit(f"getelementptr {result.elem.llvm}, ptr {counts.ptr}, {source.elem.llvm} {index}")
+            old = ctx.b.effect_value(f"load {result.elem.llvm}, ptr {place}")
+            new = ctx.b.effect_value(f"add {result.elem.llvm} {old}, 1")
+            ctx.b.effect(f"store {result.elem.llvm} {new}, ptr {place}")
+            return []
+
+        ctx.b.branch(inside, count)
+
+    scalar_nest(ctx, source.shape, body)
+    ctx.bind(result, counts)
+
+
+def lower_print(ctx: Context, op: Op) -> None:
+    """``tt.print``: one line an element, with the program's coordinates, as on a GPU."""
+    ctx.functions["printf"] = _PRINTF
+    prefix = op.attrs.get("text", '""').strip('"')
+    hexadecimal = op.attrs.get("hex") == "true"
+    signs = [int(x) for x in op.attrs.get("isSigned", ":").partition(":")[2].strip(" >").split(",") if x.strip()]
+    if not op.operands:
+        _print_line(ctx, op, prefix, (), None, hexadecimal, True)
+    for number, value in enumerate(op.operands):
+        signed = number < len(signs) and bool(signs[number])
+        scalar_nest(ctx, value.shape, lambda p, v=value, s=signed: _print_line(ctx, op, prefix, p, v, hexadecimal, s))
+    ctx.b.effect("call i32 @fflush(ptr null)")
+
+
+def _print_line(
+    ctx: Context, op: Op, prefix: str, point: Point, value: Value | None, hexadecimal: bool, signed: bool
+) -> None:
+    b = ctx.b
+    args = [f"i32 {ctx.program_ids[axis]}" for axis in "xyz"]
+    text = "pid (%d, %d, %d) "
+    if point:
+        text += "idx (" + ", ".join(["%d"] * len(point)) + ")"
+        args += [f"i32 {_ref(lane)}" for lane in point]
+    text += prefix.replace("%", "%%")
+    if value is not None:
+        ref = _ref(ctx.simplify(ctx.value(value, point)))
+        form, arg = _printf_argument(ctx, ref, value.elem, hexadecimal, signed)
+        text += form
+        args.append(arg)
+    data = text.encode() + b"\n\0"
+    name = f"@tw.text{len(ctx.functions)}"
+    escaped = "".join(f"\\{byte:02X}" for byte in data)
+    ctx.functions[name] = f'{name} = internal constant [{len(data)} x i8] c"{escaped}"'
+    b.effect(f"call i32 (ptr, ...) @printf(ptr {name}, {', '.join(args)})")
+
+
+def _printf_argument(ctx: Context, ref: str, elem: Elem, hexadecimal: bool, signed: bool) -> tuple[str, str]:
+    b = ctx.b
+    if elem.is_float:
+        wide = b.emit(f"fpext float {widen(b, ref, elem, 0)} to double") if elem.name != "f64" else ref
+        return "%f", f"double {wide}"
+    if elem.is_ptr:
+        return "%p", f"ptr {ref}"
+    extend = "sext" if signed and elem != I1 else "zext"
+    wide = ref if elem.bits == 64 else b.emit(f"{extend} {elem.llvm} {ref} to i64")
+    return ("0x%llx" if hexadecimal else "%lld" if signed else "%llu"), f"i64 {wide}"
+
+
+EAGER_ELEMENTS = {
+    "tt.atomic_rmw": lower_atomic_rmw,
+    "tt.atomic_cas": lower_atomic_cas,
+    "tt.histogram": lower_histogram,
+    "tt.print": lower_print,
+}
