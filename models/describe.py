@@ -1,5 +1,6 @@
 """Facts of a captured graph: types of its nodes, where they come from, its outputs, and sizes it cannot exceed."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,8 +52,14 @@ def _tensor_type(value: torch.Tensor, names: Mapping[sympy.Symbol, Size]) -> Ten
 def set_origin(node: Node, meta: Mapping[str, Any]) -> None:
     """Sets Origin from the stack trace and module stack the tracer recorded."""
     stack = meta.get("nn_module_stack") or {}
-    path = str(list(stack.values())[-1][0]).split("@")[0] if stack else None
+    path = _module_path(str(list(stack.values())[-1][0])) if stack else None
     set_fact(node, Origin(source_line(meta.get("stack_trace")), path or None))
+
+
+def _module_path(text: str) -> str:
+    """``L['self'].encoder.layer[0]`` of dynamo and ``encoder.layer.0@1`` of export as ``encoder.layer.0``."""
+    text = re.sub(r"^L\['\w+'\]\.?|@\d+$", "", text)
+    return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", text).replace("._modules.", ".").strip(".")
 
 
 @dataclass(frozen=True)
@@ -117,3 +124,21 @@ def remove_dead(gm: GraphModule) -> None:
         if not node.users and node.op not in ("placeholder", "output"):
             gm.graph.erase_node(node)
     gm.recompile()
+
+
+def finish(gm: GraphModule, names: Mapping[sympy.Symbol, Size]) -> None:
+    """Removes dead nodes and sets the facts of all others from what the tracer left in ``meta``."""
+    remove_dead(gm)
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        set_type(node, node.meta.get("val"), names)
+        if node.op == "call_function":
+            set_origin(node, node.meta)
+
+
+def strip_meta(gm: GraphModule) -> None:
+    """Drops the tracer's records: facts replace them, and stale ones would mislead."""
+    for node in gm.graph.nodes:
+        for key in ("val", "tensor_meta", "nn_module_stack", "torch_fn", "from_node", "source_fn_stack"):
+            node.meta.pop(key, None)

@@ -15,7 +15,8 @@ from tilewright.ir.graph import GraphInfo, InputSpec, Level, set_info
 from tilewright.ir.infer import is_prime, size_of
 from tilewright.ir.sizes import BATCH, SEQ, Size
 from tilewright.models.bounds import find_bounds, vocabularies
-from tilewright.models.describe import describe_output, remove_dead, set_origin, set_type
+from tilewright.models.describe import describe_output, finish, strip_meta
+from tilewright.models.functional import mutates
 
 _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -56,7 +57,7 @@ def run_export(
     try:
         with torch.no_grad():
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
-            if any(_mutates(node) for node in program.graph.nodes):
+            if any(mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
     except CaptureError:
         raise
@@ -68,10 +69,6 @@ def run_export(
             hint="no Python branch may depend on the values of tensors; the model runs as it was",
         ) from error
     return program
-
-
-def _mutates(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _model_line(error: BaseException) -> str | None:
@@ -141,24 +138,6 @@ def graph_of(program: ExportedProgram, *, defaults: Mapping[str, str], validity:
     set_info(gm, GraphInfo(Level.EXPORTED, specs, output, bounds, {}, name))
     strip_meta(gm)
     return gm
-
-
-def finish(gm: GraphModule, names: Mapping[sympy.Symbol, Size]) -> None:
-    """Removes dead nodes and sets the facts of all others from what the tracer left in ``meta``."""
-    remove_dead(gm)
-    for node in gm.graph.nodes:
-        if node.op == "output":
-            continue
-        set_type(node, node.meta.get("val"), names)
-        if node.op == "call_function":
-            set_origin(node, node.meta)
-
-
-def strip_meta(gm: GraphModule) -> None:
-    """Drops the tracer's records: facts replace them, and stale ones would mislead."""
-    for node in gm.graph.nodes:
-        for key in ("val", "tensor_meta", "nn_module_stack", "torch_fn", "from_node", "source_fn_stack"):
-            node.meta.pop(key, None)
 
 
 def size_names(inputs: Iterator[Node]) -> dict[sympy.Symbol, Size]:

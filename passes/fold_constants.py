@@ -6,12 +6,13 @@ from typing import ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from tilewright.ir.facts import TensorType, TupleType, find_fact
+from tilewright.ir.facts import TensorType, TupleType, fact, find_fact
 from tilewright.ir.graph import Level, get_tensor
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.base import Pass, PassResult
-from tilewright.passes.rewrite import Rewriter, erase_dead, shape_of
+from tilewright.passes.rewrite import Rewriter, erase_dead, is_call, operand, shape_of
 
+aten = torch.ops.aten
 _SMALL = 1 << 16
 _VIEWS = frozenset({"aten.permute.default", "aten.unsqueeze.default", "aten.squeeze.dims", "aten.reshape.default"})
 
@@ -30,7 +31,7 @@ class FoldConstants(Pass):
 
     def run(self, gm: GraphModule) -> PassResult:
         rw = Rewriter(gm, self.name)
-        folded = sum(_fold(rw, node) for node in list(gm.graph.nodes))
+        folded = sum(_fold(rw, node) or _fold_uniform(rw, node) for node in list(gm.graph.nodes))
         dead = erase_dead(gm)
         gm.recompile()
         return PassResult(gm, bool(folded or dead), {"folded": folded})
@@ -57,4 +58,24 @@ def _fold(rw: Rewriter, node: Node) -> bool:
             **torch.fx.node.map_arg(node.kwargs, values.__getitem__),
         )
     rw.replace(node, rw.constant(node, result))
+    return True
+
+
+def _fold_uniform(rw: Rewriter, node: Node) -> bool:
+    """Whatever is gathered from a table that holds one value everywhere is that value."""
+    if not is_call(node, aten.gather.default, aten.index_select.default):
+        return False
+    table, index = operand(node), operand(node, 2)
+    while is_call(table, aten.expand.default, aten.slice.Tensor, aten.unsqueeze.default):
+        table = operand(table)
+    if table.op != "get_attr" or not isinstance(index, Node):
+        return False
+    values = get_tensor(rw.gm, table)
+    if values.numel() == 0 or values.dtype.is_floating_point or bool((values != values.reshape(-1)[0]).any()):
+        return False
+    sizes = [rw.size(node, size, [index]) for size in shape_of(node)]
+    value, dtype = values.reshape(-1)[0].item(), values.dtype
+    type_ = fact(node, TensorType)
+    new = rw.call(node, aten.full.default, sizes, value, type=type_, dtype=dtype, device=values.device)
+    rw.replace(node, new)
     return True
