@@ -67,7 +67,7 @@ class _Assembler:
         elif node.op == "call_module":
             self._region(node)
         elif node.op == "output":
-            self.outputs = tuple(self.views[item].value for item in node.args[0])  # type: ignore[union-attr]
+            self.outputs = tuple(self.views[item].value for item in node.args[0])  # type: ignore[union-attr,index]
         elif has_view_rule(node.target):
             self._view(node)
         elif find_fact(node, SizeValue) is None and node not in self.views:
@@ -204,7 +204,7 @@ def _returned_results(gm: GraphModule) -> dict[tuple[Node, int], tuple[Size, ...
     """Region results that the graph returns, as (call node, place), with the shape they are returned under."""
     output = next(node for node in gm.graph.nodes if node.op == "output")
     found: dict[tuple[Node, int], tuple[Size, ...]] = {}
-    for returned in output.args[0]:  # type: ignore[union-attr]
+    for returned in output.args[0]:
         node: Any = returned
         while has_view_rule(node.target):
             node = node.all_input_nodes[0]
