@@ -76,13 +76,29 @@ class Index:
         if len(rest.terms) == 1 and rest.const == 0 and rest.terms[0][1] == 1 and isinstance(rest.terms[0][0], Div):
             inner = rest.terms[0][0]
             return whole + inner.value // _tidy(inner.divisor * divisor)
+        if (shared := rest._shared(divisor)) is not None:
+            return whole + shared.quotient // shared.divisor
         return whole + Index(((Div(rest, divisor), 1),))
 
     def __mod__(self, divisor: Size) -> "Index":
         if divisor == 1:
             return Index()
         _, rest = self._split(divisor)
-        return rest if rest.below(divisor) else Index(((Mod(rest, divisor), 1),))
+        if rest.below(divisor):
+            return rest
+        if (shared := rest._shared(divisor)) is not None:
+            return shared.quotient % shared.divisor * shared.factor + shared.rest
+        return Index(((Mod(rest, divisor), 1),))
+
+    def _shared(self, divisor: Size) -> "_Shared | None":
+        """``self == factor * quotient + rest`` with rest below a factor that the divisor has too, or None."""
+        for _, factor in self.terms:
+            reduced = None if factor == 1 else _divide(divisor, factor)
+            if reduced is not None:
+                quotient, rest = self._split(factor)
+                if rest.below(factor):
+                    return _Shared(factor, reduced, quotient, rest)
+        return None
 
     def _split(self, divisor: Size) -> tuple["Index", "Index"]:
         """``(q, r)`` with ``self == divisor * q + r``, q as large as the coefficients show."""
@@ -123,6 +139,16 @@ class Index:
                 yield atom
             else:
                 yield from atom.value.leaves()
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A common factor of an index and a divisor; ``divisor`` is what is left of that."""
+
+    factor: Size
+    divisor: Size
+    quotient: Index
+    rest: Index
 
 
 def constant(value: Size) -> Index:

@@ -1,0 +1,153 @@
+"""Attention kernels, packed and padded, against the op's own definition in fp64."""
+
+import pytest
+import torch
+from tests.codegen.bodies import Body, assert_matches
+from torch import Tensor
+from torch.fx import GraphModule
+
+from tilewright.ir.regions import Anchor
+from tilewright.ir.sizes import BATCH, SEQ, TOKENS
+
+aten = torch.ops.aten
+ops = torch.ops.tilewright
+FLOATS = {torch.float32: 3e-6, torch.float64: 1e-13, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+BIAS = {"head": (1, 2, SEQ, SEQ), "batch": (BATCH, 1, SEQ, SEQ), "key": (1, 1, 1, SEQ)}
+
+
+def bias_tensor(name: str, batch: int, length: int) -> Tensor:
+    sizes = {BATCH: batch, SEQ: length}
+    bias = torch.randn([sizes.get(size, size) for size in BIAS[name]])  # type: ignore[call-overload]
+    return torch.where(torch.rand_like(bias) < 0.1, float("-inf"), bias)
+
+
+def packed(
+    valid: Tensor,
+    *,
+    heads: tuple[int, int] = (2, 2),
+    sizes: tuple[int, int] = (16, 16),
+    dtype: torch.dtype = torch.float32,
+    keep_first: bool = False,
+    window: tuple[bool, int, int] = (False, -1, -1),
+    softcap: float = 0.0,
+    bias: str | None = None,
+    sinks: bool = False,
+) -> None:
+    """Operands are slices of one [T, ...] tensor, as behind a joint projection; heads are merged again behind."""
+    batch, length = valid.shape
+    row_index, slots, *offsets = ops.pack_index(valid, keep_first)
+    (query_heads, key_heads), (size, value_size) = heads, sizes
+    widths = [query_heads * size, key_heads * size, key_heads * value_size]
+    body = Body()
+    x = body.input((TOKENS, sum(widths)), dtype)
+    tensors = [torch.randn(row_index.shape[0], sum(widths)).to(dtype), *offsets, slots]
+    parts, start = [], 0
+    for width, count in zip(widths, (query_heads, key_heads, key_heads), strict=True):
+        part = body.call(aten.slice.Tensor, x, 1, start, start + width)
+        parts.append(body.call(aten.reshape.default, part, [TOKENS, count, width // count]))
+        start += width
+    index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(2)]
+    index.append(body.input((TOKENS,), torch.int32))
+    extra = [None, None]
+    if bias:
+        extra[0] = body.input(BIAS[bias], dtype)
+        tensors.append(bias_tensor(bias, batch, length).to(dtype))
+    if sinks:
+        extra[1] = body.input((query_heads,), dtype)
+        tensors.append(torch.randn(query_heads).to(dtype))
+    out = body.call(ops.attention_packed.default, *parts, *index, *extra, SEQ, size**-0.5, *window, softcap)
+    merged = body.call(aten.reshape.default, out, [TOKENS, query_heads * value_size])
+    gm = body.module(body.call(aten.mul.Tensor, merged, 2.0))
+    run_sizes = {BATCH: batch, SEQ: length, TOKENS: row_index.shape[0]}
+    assert_matches(gm, tensors, run_sizes, FLOATS[dtype], anchor=Anchor.ATTENTION)
+
+
+def lengths(*values: int) -> Tensor:
+    return torch.arange(max(values))[None] < torch.tensor(values)[:, None]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_packed_uneven_lengths(dtype: torch.dtype) -> None:
+    packed(lengths(70, 1, 0, 64, 13), dtype=dtype)
+
+
+def test_packed_grouped_heads_of_odd_sizes() -> None:
+    packed(lengths(70, 3), heads=(4, 2), sizes=(24, 40))
+
+
+def test_packed_one_token() -> None:
+    packed(lengths(1))
+
+
+@pytest.mark.parametrize("keep_first", [False, True])
+def test_packed_causal_left_padding(keep_first: bool) -> None:
+    packed(lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), keep_first=keep_first)
+
+
+@pytest.mark.parametrize("window", [(False, 5, 7), (True, 9, -1), (False, 0, 0), (False, -1, 3)], ids=str)
+def test_packed_windows_count_slots_across_holes(window: tuple[bool, int, int]) -> None:
+    packed(torch.rand(4, 150) < 0.6, window=window, keep_first=True)
+
+
+@pytest.mark.parametrize("bias", BIAS)
+def test_packed_bias_softcap_sinks(bias: str) -> None:
+    packed(torch.rand(3, 90) < 0.6, bias=bias, softcap=5.0, sinks=True)
+
+
+def padded(
+    length: int,
+    key_length: int,
+    valid: Tensor | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    window: tuple[bool, int, int] = (False, -1, -1),
+    bias: str | None = None,
+    sinks: bool = False,
+    tolerance: float = 3e-6,
+) -> list[Tensor]:
+    """Operands are [B, S, H * D] seen as [B, H, S, D]; keys and values that are not valid hold NaN."""
+    body = Body()
+    keys = SEQ if length == key_length else key_length
+    nodes, tensors = [], []
+    for heads, size, rows, count in ((4, 32, SEQ, length), (2, 32, keys, key_length), (2, 24, keys, key_length)):
+        x = body.input((BATCH, rows, heads * size), dtype)
+        split = body.call(aten.reshape.default, x, [BATCH, rows, heads, size])
+        nodes.append(body.call(aten.permute.default, split, [0, 2, 1, 3]))
+        tensors.append(torch.randn(3, count, heads * size).to(dtype))
+    extra = [None, None, None]
+    if valid is not None:
+        extra[0] = body.input((BATCH, keys), valid.dtype)
+        tensors[1][valid == 0] = float("nan")
+        tensors[2][valid == 0] = float("nan")
+        tensors.append(valid)
+    if bias:
+        extra[1] = body.input(BIAS[bias], dtype)
+        tensors.append(bias_tensor(bias, 3, length).to(dtype))
+    if sinks:
+        extra[2] = body.input((4,), dtype)
+        tensors.append(torch.randn(4).to(dtype))
+    gm: GraphModule = body.module(body.call(ops.attention.default, *nodes, *extra, 32**-0.5, *window, 0.0))
+    return assert_matches(gm, tensors, {BATCH: 3, SEQ: length}, tolerance, anchor=Anchor.ATTENTION)
+
+
+@pytest.mark.parametrize("length", [1, 70])
+def test_padded_without_mask(length: int) -> None:
+    padded(length, length, None)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64], ids=str)
+def test_padded_with_any_mask_never_reads_pads(kind: torch.dtype) -> None:
+    valid = (torch.rand(3, 70) < 0.5).to(kind)
+    valid[1] = 0
+    out = padded(70, 70, valid)[0]
+    assert not out.isnan().any()
+    assert (out[1] == 0).all()
+
+
+@pytest.mark.parametrize("window", [(True, -1, -1), (False, 9, 4), (True, 20, -1)], ids=str)
+def test_padded_fewer_queries_than_keys(window: tuple[bool, int, int]) -> None:
+    padded(20, 150, torch.rand(3, 150) < 0.7, window=window)
+
+
+def test_padded_bias_and_sinks() -> None:
+    padded(66, 66, None, bias="key", sinks=True, dtype=torch.float64, tolerance=1e-13)

@@ -1,0 +1,108 @@
+"""GEMM regions, both variants, against the region body in fp64: tails, prologues, epilogues, dtypes, row counts."""
+
+import pytest
+import torch
+from tests.codegen.bodies import Body, assert_matches, emit
+
+from tilewright.errors import CodegenError
+from tilewright.ir.program import KernelStep, VendorLinear
+from tilewright.ir.regions import Anchor
+from tilewright.ir.sizes import TOKENS
+
+aten = torch.ops.aten
+FLOATS = {torch.float32: 2e-6, torch.float64: 1e-14, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def linear_body(n: int, k: int, dtype: torch.dtype, epilogue: str = "", norm: bool = False) -> Body:
+    body = Body()
+    x, weight, bias = body.input((TOKENS, k), dtype), body.input((n, k), dtype), body.input((n,), dtype)
+    source = body.call(aten.layer_norm.default, x, [k], None, None, 1e-5) if norm else x
+    out = body.call(aten.linear.default, source, weight, bias)
+    if epilogue == "gelu":
+        out = body.call(aten.gelu.default, out)
+    elif epilogue == "residual":
+        out = body.call(aten.add.Tensor, out, body.input((TOKENS, n), dtype))
+    elif epilogue == "heads":
+        split = body.call(aten.reshape.default, out, [TOKENS, 2, n // 2])
+        out = body.call(aten.mul.Tensor, split, body.input((2, 1), dtype))
+    body.last = out  # type: ignore[attr-defined]
+    return body
+
+
+def operands(body: Body, rows: int) -> list[torch.Tensor]:
+    from tests.codegen.bodies import concrete
+
+    from tilewright.ir.facts import TensorType, fact
+
+    kinds = [fact(node, TensorType) for node in body.inputs]
+    tensors = [torch.randn([concrete(s, {TOKENS: rows}) for s in kind.shape]).to(kind.dtype) for kind in kinds]
+    tensors[1] = (tensors[1].float() * tensors[1].shape[1] ** -0.5).to(tensors[1].dtype)
+    return tensors
+
+
+def check(body: Body, rows: int, variant: str, tolerance: float, stored: bool = True) -> None:
+    gm, tensors = body.module(body.last), operands(body, rows)  # type: ignore[attr-defined]
+    weights = {1: tensors[1], 2: tensors[2]} if stored else None
+    assert_matches(gm, tensors, {TOKENS: rows}, tolerance, anchor=Anchor.GEMM, variant=variant, weights=weights)
+
+
+@pytest.mark.parametrize("variant", ["triton", "vendor"])
+@pytest.mark.parametrize("epilogue", ["", "gelu", "residual", "heads"])
+@pytest.mark.parametrize(("rows", "n", "k"), [(70, 128, 128), (5, 100, 70), (1, 2, 3)])
+def test_epilogues_and_tails(rows: int, n: int, k: int, epilogue: str, variant: str) -> None:
+    check(linear_body(n, k, torch.float32, epilogue), rows, variant, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(linear_body(130, 96, dtype, "residual"), 65, "triton", FLOATS[dtype])
+
+
+def test_no_rows() -> None:
+    check(linear_body(64, 64, torch.float32), 0, "triton", 0)
+
+
+@pytest.mark.parametrize("variant", ["triton", "vendor"])
+@pytest.mark.parametrize("k", [96, 150])
+def test_norm_in_front(k: int, variant: str) -> None:
+    check(linear_body(80, k, torch.float32, "residual", norm=True), 9, variant, 3e-6)
+
+
+def test_weight_that_is_computed_is_read_as_it_is() -> None:
+    check(linear_body(100, 70, torch.float32, "gelu"), 33, "triton", 2e-6, stored=False)
+
+
+def test_vendor_without_epilogue_is_one_step() -> None:
+    body = linear_body(64, 32, torch.float32)
+    tensors = operands(body, 4)
+    steps, builder, _ = emit(body.module(body.last), Anchor.GEMM, "vendor", weights={1: tensors[1], 2: tensors[2]})  # type: ignore[attr-defined]
+    assert [type(step) for step in steps] == [VendorLinear]
+    assert builder.weights["w1:vendor"].layout == "vendor"
+
+
+def test_vendor_with_epilogue_is_two_steps() -> None:
+    body = linear_body(64, 32, torch.float32, "gelu")
+    tensors = operands(body, 4)
+    steps, _, _ = emit(body.module(body.last), Anchor.GEMM, "vendor", weights={1: tensors[1], 2: tensors[2]})  # type: ignore[attr-defined]
+    assert [type(step) for step in steps] == [VendorLinear, KernelStep]
+
+
+def test_results_beside_the_product() -> None:
+    """What goes into the product may be a result too; it gets a kernel of its own."""
+    body = Body()
+    x, y, weight = body.input((TOKENS, 48)), body.input((TOKENS, 48)), body.input((32, 48))
+    total = body.call(aten.add.Tensor, x, y)
+    gm = body.module(total, body.call(aten.linear.default, total, weight))
+    tensors = [torch.randn(7, 48), torch.randn(7, 48), torch.randn(32, 48) / 7]
+    for variant in ("triton", "vendor"):
+        weights = {2: tensors[2]}
+        assert_matches(gm, tensors, {TOKENS: 7}, 2e-6, anchor=Anchor.GEMM, variant=variant, weights=weights)
+
+
+def test_an_epilogue_that_needs_other_tiles_is_refused() -> None:
+    body = Body()
+    x, weight = body.input((TOKENS, 48)), body.input((32, 48))
+    out = body.call(aten.linear.default, x, weight)
+    turned = body.call(aten.slice.Tensor, body.call(aten.cat.default, [out, out], 1), 1, 8, 40)
+    with pytest.raises(CodegenError, match="other tiles"):
+        emit(body.module(turned), Anchor.GEMM)
