@@ -305,12 +305,10 @@ class _Analysis:
             return self._unpacked(node, (0, 1))
         q, k, v, _, bias, sinks = positional(node)[:6]
         for name, operand in (("queries", q), ("keys", k), ("values", v)):
-            layout, shape = self.layouts[operand], shape_of(operand)
+            shape = shape_of(operand)
+            # Features of packed values have fixed sizes, so these two sizes also say where their tokens are.
             if not (same_size(shape[0], BATCH) and same_size(shape[2], SEQ)):
                 why = f"its {name} have shape {tuple(map(str, shape))}, not one row for each place of [B, S]"
-                raise NotPackable("attention_over_itself", where(node), why)
-            if layout.kind is _PACKED and self._axes(operand) != (0, 2):
-                why = f"its {name} have their tokens on axes {self._axes(operand)}, not (0, 2)"
                 raise NotPackable("attention_over_itself", where(node), why)
         self._check_bias(node, bias, sinks)
         return Layout(_PACKED, 0, 1)

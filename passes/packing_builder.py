@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import sympy
@@ -24,7 +24,7 @@ MADE_BY = "remove_padding"
 class RowIndex:
     """Results of the one ``pack_index`` of a graph, as nodes."""
 
-    rows: Node
+    row_index: Node
     slots: Node
     cu_seqlens: Node
     key_start: Node
@@ -50,15 +50,17 @@ class PackingBuilder:
             TensorType((BATCH,), i32),
             TensorType((BATCH,), i32),
         )
-        packed = self.graph.call_function(tw.pack_index.default, (valid, keep_first))
+        packed = self.graph.create_node("call_function", tw.pack_index.default, (valid, keep_first), {}, "pack_index")
         set_fact(packed, TupleType(types))
         copy_origin(valid, packed, MADE_BY)
         layouts = [Layout(LayoutKind.PACKED, 0, 1)] * 2 + [Layout(LayoutKind.PER_SEQUENCE, 0)] * 3
+        names = [each.name for each in fields(RowIndex)]
         items = [
-            self.call(operator.getitem, (packed, place), types[place], valid, layouts[place]) for place in range(5)
+            self.call(operator.getitem, (packed, place), types[place], valid, layouts[place], name=name)
+            for place, name in enumerate(names)
         ]
         self.index = RowIndex(*items)
-        for symbol, source, axis in ((BATCH, valid, 0), (SEQ, valid, 1), (TOKENS, self.index.rows, 0)):
+        for symbol, source, axis in ((BATCH, valid, 0), (SEQ, valid, 1), (TOKENS, self.index.row_index, 0)):
             self._sizes[symbol] = self._size_node(aten.sym_size.int, (source, axis), symbol)
 
     def call(
@@ -69,9 +71,10 @@ class PackingBuilder:
         origin: Node,
         layout: Layout,
         kwargs: dict[str, Any] | None = None,
+        name: str | None = None,
     ) -> Node:
         """A call with its facts; ``origin`` is the node of either graph whose place in the model it takes."""
-        made = self.graph.call_function(target, args, kwargs or {})
+        made = self.graph.create_node("call_function", target, args, kwargs or {}, name)
         set_fact(made, type_)
         set_fact(made, layout)
         copy_origin(origin, made, MADE_BY)
@@ -80,8 +83,8 @@ class PackingBuilder:
     def packed_call(
         self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], type_: TensorType, axes: Axes
     ) -> Node:
-        """The packed form of ``node``: the same op on packed operands."""
-        made = self.call(node.target, args, type_, node, Layout(LayoutKind.PACKED, *axes), kwargs)
+        """The packed form of ``node``: the same op on packed operands, under the same name."""
+        made = self.call(node.target, args, type_, node, Layout(LayoutKind.PACKED, *axes), kwargs, node.name)
         made.meta.update({key: value for key, value in node.meta.items() if key in ("stack_trace", "nn_module_stack")})
         return made
 
@@ -179,8 +182,9 @@ class PackingBuilder:
             value = self.reshape(value, (BATCH, SEQ, *features), origin, layout)
         value = self.expand(value, (BATCH, SEQ, *features), origin, layout)
         packed = TensorType((TOKENS, *features), type_.dtype)
-        args = (value, self.index.rows)
-        return self.call(tw.gather_rows.default, args, packed, origin, Layout(LayoutKind.PACKED, *axes))
+        args = (value, self.index.row_index)
+        name = f"packed_{origin.name}"
+        return self.call(tw.gather_rows.default, args, packed, origin, Layout(LayoutKind.PACKED, *axes), name=name)
 
     def unpack(self, rows: Node, type_: TensorType, layout: Layout, fill: float, origin: Node) -> Node:
         """The padded form of packed rows, with ``fill`` at masked places."""
@@ -189,9 +193,10 @@ class PackingBuilder:
         features = tuple(type_.shape[axis] for axis in rest)
         scattered = TensorType((BATCH, SEQ, *features), type_.dtype)
         if rows not in self._scattered:
-            args = (rows, self.index.rows, self.valid)
+            args = (rows, self.index.row_index, self.valid)
             at_pads = Layout(LayoutKind.PADDED, 0, 1, 0.0)
-            self._scattered[rows] = self.call(tw.scatter_rows.default, args, scattered, origin, at_pads)
+            name = f"padded_{origin.name}"
+            self._scattered[rows] = self.call(tw.scatter_rows.default, args, scattered, origin, at_pads, name=name)
         value = self._scattered[rows]
         if fill != 0.0:
             value = self._fill(value, fill, origin, padded)

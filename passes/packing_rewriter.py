@@ -64,7 +64,6 @@ class PackingRewriter:
         graph.eliminate_dead_code()
         graph.lint()
         self.gm.graph = graph
-        self.gm.recompile()
         return self._counts(graph)
 
     def _counts(self, graph: Graph) -> dict[str, int]:
@@ -265,4 +264,5 @@ class PackingRewriter:
         offsets = (index.cu_seqlens, index.key_start, index.seqlens_k, index.slots)
         args = (*rows, *offsets, *optional, self.build.size(SEQ), *rest)
         type_ = packed_type(fact(node, TensorType), layout)
-        return self.build.call(tw.attention_packed.default, args, type_, node, Layout(LayoutKind.PACKED, 0, 1))
+        packed = Layout(LayoutKind.PACKED, 0, 1)
+        return self.build.call(tw.attention_packed.default, args, type_, node, packed, name=node.name)

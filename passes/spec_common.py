@@ -12,7 +12,7 @@ from tilewright.ir.facts import Origin, SizeValue, TensorType, TupleType, find_f
 from tilewright.ir.graph import Level, get_tensor, info
 from tilewright.ir.regions import Region
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
-from tilewright.passes.layout_axes import symbols_in
+from tilewright.passes.layout_axes import positional, symbols_in
 from tilewright.passes.rules import Rule, Violation, all_nodes, calls, graphs
 from tilewright.passes.spec_types import types_hold
 
@@ -102,8 +102,16 @@ def _functional(gm: GraphModule) -> Iterator[Violation]:
 
 def _no_random(gm: GraphModule) -> Iterator[Violation]:
     for node in calls(gm):
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _switched_off(node):
             yield Violation(node, f"{node.target} draws random numbers")
+
+
+def _switched_off(node: Node) -> bool:
+    """A dropout in evaluation mode, and attention with no dropout, draw nothing."""
+    names = [parameter.name for parameter in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, positional(node), strict=False))
+    no_dropout = "dropout_p" in names and not given.get("dropout_p")
+    return no_dropout or given.get("train", given.get("training")) is False
 
 
 def _no_dead_nodes(gm: GraphModule) -> Iterator[Violation]:

@@ -1,11 +1,18 @@
 """Settings of every test run: each level is verified, and kernels are kept in a cache of this run alone."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 os.environ["TILEWRIGHT_VERIFY"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--accept-golden`` writes the golden files anew instead of comparing with them."""
+    parser.addoption("--accept-golden", action="store_true", help="write golden files from what the code gives now")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -18,3 +25,12 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["TILEWRIGHT_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Runs torch on one thread: on tensors of a few numbers, waking other threads takes longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
