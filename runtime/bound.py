@@ -141,10 +141,6 @@ class Bound:
         # An empty tensor has no address; kernels may still form one from it.
         return (tensor.data_ptr() if tensor is not None else 0) or self.arena.address
 
-    def is_after(self, earlier: "Bound | None") -> bool:
-        """Whether it was bound with this very phase before it."""
-        return self._earlier is earlier
-
     def address(self, value: int, call: Call) -> int:
         """Address of a value of this phase or of an earlier one."""
         tensor = call.tensors.get(value)
@@ -256,7 +252,7 @@ class Workspace:
         """
         known = self._bound[index]
         bound = known.get(sizes)
-        if bound is not None and bound.is_after(earlier):
+        if bound is not None:
             known.move_to_end(sizes)
             return bound
         phase, arena = self._phases[index], self._arenas[index]

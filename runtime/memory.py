@@ -6,7 +6,7 @@ right for every (B, S, T); a buffer is as large as the largest of its values, an
 decide only how good the reuse is, never whether it is right.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,34 +45,19 @@ class Lifetime:
         return self.first <= other.last and other.first <= self.last
 
 
-def positions(steps: Iterable[Step]) -> Iterator[tuple[int, int, Step]]:
-    """Numbers the steps, those inside tables one after another: (first position, last position, step).
+def touched(steps: Iterable[Step]) -> dict[int, tuple[int, int]]:
+    """First and last position that touches each value.
 
-    A table's entries get positions of their own, so scratch of different entries may share memory. What the table as a
-    whole reads and writes is needed during all of its positions.
+    The steps of a table's entries are numbered one after another, as if all of them ran: so scratch of different
+    entries may share memory, while whatever is needed by any entry or after the table stays.
     """
+    spans: dict[int, tuple[int, int]] = {}
     position = 0
     for step in steps:
-        if not isinstance(step, Choice):
-            yield position, position, step
+        for inner in [s for _, _, entry in step.table for s in entry] if isinstance(step, Choice) else [step]:
+            for value in (*inner.reads, *inner.writes):
+                spans[value] = (spans.get(value, (position, 0))[0], position)
             position += 1
-            continue
-        begin = position
-        for _, _, entry in step.table:
-            for inner in entry:
-                yield position, position, inner
-                position += 1
-        yield begin, max(begin, position - 1), step
-        position = max(position, begin + 1)
-
-
-def touched(steps: Iterable[Step]) -> dict[int, tuple[int, int]]:
-    """First and last position that touches each value."""
-    spans: dict[int, tuple[int, int]] = {}
-    for begin, end, step in positions(steps):
-        for value in (*step.reads, *step.writes):
-            first, last = spans.get(value, (begin, end))
-            spans[value] = (min(first, begin), max(last, end))
     return spans
 
 

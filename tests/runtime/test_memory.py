@@ -77,7 +77,7 @@ def test_scratch_of_table_entries_is_shared_and_what_the_table_reads_is_kept() -
     b.eager(print, [out], [last])
     spans = touched(b.steps)
     assert spans[x.value] == (0, 4)
-    assert spans[out.value] == (1, 5)
+    assert spans[out.value] == (2, 5)
     assert spans[first.value] == (1, 2)
     assert spans[second.value] == (3, 4)
     plan = MemoryPlan((BATCH,), [Lifetime(v, BATCH * 32, *spans[v]) for v in sorted(spans)])

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -14,8 +15,10 @@ from tilewright.codegen.cpu import launch
 from tilewright.errors import InputError, TilewrightError
 from tilewright.ir.program import Choice, KernelStep, Pointer, ReadTokens, Scalar, Storage, VendorLinear, View
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
+from tilewright.runtime.bound import Workspace
 from tilewright.runtime.program import Program
 from tilewright.runtime.schedule import STEP
+from tilewright.runtime.weights import PackedLinear
 
 BIND = [(BATCH, 0, 0), (SEQ, 0, 1)]
 Reference = Callable[[dict[int, Tensor]], Tensor]
@@ -129,6 +132,15 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5 * scale)
 
 
+def counted(b: Builder) -> View:
+    """Adds an input mask [B, S], the count of its tokens and the step that reads it."""
+    mask, tokens = b.value(Storage.INPUT, (BATCH, SEQ), torch.int64), b.value(Storage.ARENA, (1,), torch.int32)
+    arguments = (Pointer(mask), Pointer(tokens), Scalar(BATCH * SEQ))
+    b.steps.append(KernelStep(COUNT, arguments, (1, 1, 1), (mask.value,), (tokens.value,)))
+    b.steps.append(ReadTokens(tokens, TOKENS, BATCH * SEQ, (tokens.value,)))
+    return mask
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_random_programs_agree_with_their_steps_in_fp64(seed: int) -> None:
     program, reference = random_program(seed)
@@ -155,19 +167,103 @@ def test_a_batch_without_tokens() -> None:
 
 
 def test_outputs_that_no_step_reaches_are_zero_for_empty_batches() -> None:
-    b = Builder((BATCH, SEQ, TOKENS))
-    mask = b.value(Storage.INPUT, (BATCH, SEQ), torch.int64)
-    tokens, h = b.value(Storage.ARENA, (1,), torch.int32), b.value(Storage.ARENA, (TOKENS, 4))
-    out = b.value(Storage.OUTPUT, (BATCH, 4))
-    arguments = (Pointer(mask), Pointer(tokens), Scalar(BATCH * SEQ))
-    b.steps.append(KernelStep(COUNT, arguments, (1, 1, 1), (mask.value,), (tokens.value,)))
-    b.steps.append(ReadTokens(tokens, TOKENS, BATCH * SEQ, (tokens.value,)))
+    b = Builder()
+    counted(b)
+    h, out = b.value(Storage.ARENA, (TOKENS, 4)), b.value(Storage.OUTPUT, (BATCH, 4))
     b.eager(lambda sizes: (torch.ones(sizes[2], 4),), [], [h])
     b.scale(View(h.value, (TOKENS, 4), (4, 1)), out, 2.0)
     program = b.program(BIND, [out])
     for _ in range(3):
         assert torch.equal(program(torch.ones(3, 1, dtype=torch.int64))[0], torch.full((3, 4), 2.0))
         assert torch.equal(program(torch.zeros(3, 1, dtype=torch.int64))[0], torch.zeros(3, 4))
+
+
+def test_planned_values_that_no_step_reaches_are_zero_for_empty_batches() -> None:
+    b = Builder()
+    counted(b)
+    h, out = b.value(Storage.ARENA, (1, 4)), b.value(Storage.OUTPUT, (1, 4))
+    ones = b.weight(torch.ones(1, 4))
+    b.scale(View(ones.value, (TOKENS, 4), (4, 1)), h, 2.0)
+    b.scale(h, out, 1.0)
+    program = b.program(BIND, [out])
+    for count in (1, 0, 1, 0):
+        assert torch.equal(program(torch.full((1, 1), count))[0], torch.full((1, 4), 2.0 * count))
+
+
+def test_values_of_the_first_phase_last_through_the_second() -> None:
+    b = Builder()
+    x, early, linear = (b.value(s, (BATCH, 8)) for s in (Storage.INPUT, Storage.ARENA, Storage.ARENA))
+    weight = torch.randn(8, 8)
+    w = b.weight(weight, "vendor")
+    b.scale(x, early, 2.0)
+    b.steps.append(VendorLinear(x, w.value, None, linear, (x.value, w.value), (linear.value,)))
+    counted(b)
+    big, late = b.value(Storage.ARENA, (TOKENS, 8)), b.value(Storage.ARENA, (BATCH, 8))
+    out = b.value(Storage.OUTPUT, (BATCH, 8))
+    b.eager(lambda sizes: (torch.full((sizes[2], 8), 7.0),), [], [big])
+    b.scale(early, late, 0.5)
+    b.eager(lambda p, q, r, sizes: (p + q + r[:1],), [late, linear, big], [out])
+    program = b.program([(BATCH, 1, 0), (SEQ, 1, 1)], [out])
+    for batch, length in ((2, 3), (2, 30), (5, 2), (2, 3)):
+        given = torch.randn(batch, 8)
+        (got,) = program(given, torch.ones(batch, length, dtype=torch.int64))
+        torch.testing.assert_close(got, given + given @ weight.t() + 7)
+
+
+def test_a_plan_is_dropped_when_its_arena_moves() -> None:
+    program, _ = random_program(7)
+    workspace = Workspace(program._phases)
+    first = workspace.bind(0, (1, 2), None)
+    small = workspace.bind(1, (1, 2, 2), first)
+    assert workspace.bind(1, (1, 2, 2), first) is small
+    workspace.bind(1, (64, 512, 64 * 512), workspace.bind(0, (64, 512), None))
+    assert workspace.bind(1, (1, 2, 2), first) is not small
+
+
+def test_vendor_results_are_dropped_after_their_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    original = PackedLinear.apply
+
+    def apply(self: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+        result = original(self, x, bias)
+        made.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(PackedLinear, "apply", apply)
+    p = Packed()
+    for _ in range(3):
+        p.linear(p.rows[-1], 8, "vendor", bias=False, table=None)
+        p.scale(p.rows[-1], 1.0)
+    alive: list[int] = []
+
+    def count_alive(t: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor]:
+        alive.append(sum(result() is not None for result in made))
+        return (t,)
+
+    p.builder.eager(count_alive, p.rows[-1:], [p.value(8)])
+    program, reference = p.finish(p.rows[-1])
+    mask, x = torch.ones(2, 3, dtype=torch.int64), torch.randn(2, 3, 8)
+    assert_close(program(mask, x)[0], reference(mask, x))
+    assert len(made) == 3
+    assert alive == [0]
+
+
+def test_vendor_results_as_outputs_and_in_parts_of_values() -> None:
+    b = Builder((BATCH, SEQ))
+    x, whole = b.value(Storage.INPUT, (BATCH, SEQ, 8)), b.value(Storage.OUTPUT, (BATCH, SEQ, 6))
+    wide, part = b.value(Storage.ARENA, (BATCH * SEQ, 12)), b.value(Storage.OUTPUT, (BATCH * SEQ, 6))
+    weight = torch.randn(6, 8)
+    w = b.weight(weight, "vendor")
+    rows = View(x.value, (BATCH * SEQ, 8), (8, 1))
+    half = View(wide.value, (BATCH * SEQ, 6), (12, 1), 6)
+    for out in (View(whole.value, (BATCH * SEQ, 6), (6, 1)), half):
+        b.steps.append(VendorLinear(rows, w.value, None, out, (x.value, w.value), (out.value,)))
+    b.eager(lambda t, sizes: (t,), [half], [part])
+    program = b.program(BIND, [whole, part])
+    given = torch.randn(2, 3, 8)
+    got, also = program(given)
+    torch.testing.assert_close(got, given @ weight.t())
+    torch.testing.assert_close(also.view(2, 3, 6), given @ weight.t())
 
 
 def test_outputs_are_fresh_and_inputs_and_weights_may_be_returned() -> None:
@@ -188,7 +284,16 @@ def test_outputs_are_fresh_and_inputs_and_weights_may_be_returned() -> None:
     torch.testing.assert_close(kept, first @ weight.t())
 
 
-def test_misaligned_inputs_and_inference_mode() -> None:
+def test_kernels_get_aligned_inputs() -> None:
+    b = Builder((BATCH,))
+    x, out = b.value(Storage.INPUT, (BATCH,)), b.value(Storage.OUTPUT, (BATCH,))
+    b.eager(lambda t, sizes: (t + t.data_ptr() % 16,), [x], [out])
+    program = b.program([(BATCH, 0, 0)], [out])
+    given = torch.randn(9)
+    assert torch.equal(program(given[1:])[0], given[1:])
+
+
+def test_inference_mode_and_gradients() -> None:
     program, reference = random_program(3)
     mask, flat = torch.ones(2, 3, dtype=torch.int64), torch.randn(49)
     x = flat[1:].view(2, 3, 8)
