@@ -155,6 +155,9 @@ class Bound:
         sizes = self.sizes
         shape, strides = tuple(sizes[n] for n in view.shape), tuple(sizes[n] for n in view.strides)
         base = call.tensors.get(view.value)
+        weight = self.phase.weights.get(view.value)
+        if isinstance(weight, Tensor):
+            base = weight
         if base is not None:
             return base.as_strided(shape, strides, base.storage_offset() + sizes[view.offset])
         # Layers are alike and reuse memory, so many views are the same; making a tensor costs more than finding one.

@@ -79,7 +79,7 @@ class Phase:
 
     Attributes:
         views: views that vendor and eager steps take tensors of.
-        weight_views: the tensors of those that show a weight, None for the others.
+        weight_views: the tensors of those that show a weight at sizes that never change, None for the others.
         outputs: whole views of the returned values that are written here.
         template: argument slots, with constants and addresses of weights in place.
         weight_bases: by value index, addresses of the weights, 0 for other values; a 0 at the end.
@@ -168,7 +168,8 @@ class Phase:
         shape, strides = (tuple(map(self.table.add, sizes)) for sizes in (view.shape, view.strides))
         self.views.append(IndexedView(view.value, dtype, shape, strides, self.table.add(view.offset)))
         weight = self.weights.get(view.value)
-        if isinstance(weight, torch.Tensor):
+        symbolic = any(getattr(size, "free_symbols", ()) for size in (*view.shape, *view.strides, view.offset))
+        if isinstance(weight, torch.Tensor) and not symbolic:
             shape, strides = (tuple(map(int, sizes)) for sizes in (view.shape, view.strides))
             self.weight_views.append(weight.as_strided(shape, strides, weight.storage_offset() + int(view.offset)))
         else:
