@@ -94,10 +94,13 @@ def _pack(tensor: Tensor) -> PackedLinear:
 
 def _panels(tensor: Tensor, width: int) -> Tensor:
     n, k = tensor.shape
-    count = -(-n // width)
-    padded = tensor.new_zeros((count * width, k))
-    padded[:n] = tensor
-    return padded.view(count, width, k).transpose(1, 2).contiguous()
+    full, rest = divmod(n, width)
+    panels = tensor.new_empty((full + (rest > 0), k, width))
+    panels[:full] = tensor[: full * width].unflatten(0, (full, width)).transpose(1, 2)
+    if rest:
+        panels[full, :, :rest] = tensor[full * width :].t()
+        panels[full, :, rest:] = 0
+    return panels
 
 
 def vendor_packs(dtype: torch.dtype) -> bool:
