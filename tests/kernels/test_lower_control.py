@@ -75,7 +75,7 @@ def pointer_kernel(x_ptr, out_ptr, rows, columns, BLOCK: tl.constexpr):
     left = columns
     total = tl.zeros([BLOCK], tl.float32)
     for r in range(rows):
-        total += tl.load(pointers, mask=c < left, other=0.0)
+        total += tl.load(pointers, mask=c <= left - 1, other=0.0)
         pointers += columns
         if r == 1:
             left -= 3
@@ -132,6 +132,26 @@ def test_while_with_a_tile() -> None:
     while x.max() < 50:
         x, steps = x * 2, steps + 1
     torch.testing.assert_close(out, x + steps)
+
+
+@triton.jit
+def late_read_kernel(x_ptr, out_ptr, n, SIZE: tl.constexpr):
+    p = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    x = tl.load(x_ptr + p)
+    acc = tl.zeros([SIZE, SIZE], tl.float32)
+    history = tl.zeros([SIZE, SIZE], tl.float32)
+    for _ in range(n):
+        new = tl.dot(x, x, acc)
+        history += acc
+        acc = new
+    tl.store(out_ptr + p, history)
+
+
+def test_an_accumulator_that_is_read_after_the_dot_keeps_its_value() -> None:
+    x = torch.randn(16, 16)
+    out = torch.empty_like(x)
+    late_read_kernel[(1,)](x, out, 4, SIZE=16)
+    torch.testing.assert_close(out.double(), (x.double() @ x.double()) * 6, rtol=1e-5, atol=1e-4)
 
 
 @triton.jit

@@ -81,7 +81,20 @@ def cast_kernel(x_ptr, out_ptr, back_ptr, BLOCK: tl.constexpr):
 def edge_values() -> Tensor:
     """Numbers at rounding boundaries, subnormals and special values of the small float types."""
     special = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65504.0, 65520.0, 3.4e38, 1e-40, 6e-8, 5.9e-8]
-    near = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 1 + 3 * 2**-11, 2**-133, 3 * 2.0**-134, 448.0, 240.0, 2**-9, 2**-10]
+    near = [
+        1 + 2**-11 + 2**-40,
+        1 + 2**-8 + 2**-40,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        1 + 2**-11,
+        1 + 3 * 2**-11,
+        2**-133,
+        3 * 2.0**-134,
+        448.0,
+        240.0,
+        2**-9,
+        2**-10,
+    ]
     random = (torch.randn(4096) * 10 ** (torch.rand(4096) * 12 - 8)).tolist()
     values = special + near + random
     return torch.tensor(values[:4096], dtype=torch.float64)
@@ -101,6 +114,15 @@ def test_float_casts_round_to_nearest_even(source: torch.dtype, dtype: torch.dty
         assert torch.equal(back[finite], expected.double()[finite])
         return
     torch.testing.assert_close(back, expected.double(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 10), (torch.bfloat16, 7)])
+def test_casts_from_f64_round_once(dtype: torch.dtype, bits: int) -> None:
+    """Just beside a tie, which rounding to f32 first (as torch does) would take for one."""
+    x = torch.tensor([1 + 2.0 ** -(bits + 1) + 2.0**-40, 1 + 3 * 2.0 ** -(bits + 1) - 2.0**-40], dtype=torch.float64)
+    out, back = torch.empty(2, dtype=dtype), torch.empty(2, dtype=torch.float64)
+    cast_kernel[(1,)](x, out, back, BLOCK=2)
+    assert back.tolist() == [1 + 2.0**-bits] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])

@@ -75,6 +75,36 @@ def test_max_ignores_nan_unless_told_to_propagate() -> None:
 
 
 @triton.jit
+def masked_kernel(x_ptr, out_ptr, rows, n, BM: tl.constexpr, BN: tl.constexpr):
+    r, c = tl.arange(0, BM), tl.arange(0, BN)
+    mask = (r[:, None] < rows) & (c[None, :] < n)
+    p = r[:, None] * n + c[None, :]
+    x = tl.load(x_ptr + p, mask=mask, other=0.0)
+    low = tl.load(x_ptr + p, mask=mask, other=float("-inf"))
+    ones = tl.load(x_ptr + p, mask=mask, other=1.0)
+    spread = tl.where(mask, x - 1, 0.0)
+    top = tl.max(low, 1)
+    tl.store(out_ptr + r, tl.sum(x, 1), mask=r < rows)
+    tl.store(out_ptr + rows + r, tl.sum(spread * spread, 1), mask=r < rows)
+    tl.store(out_ptr + 2 * rows + r, top, mask=r < rows)
+    tl.store(out_ptr + 3 * rows + r, tl.sum(tl.exp(low - top[:, None]), 1), mask=r < rows)
+    tl.store(out_ptr + 4 * rows + r, tl.sum(ones, 1), mask=r < rows)
+    tl.store(out_ptr + 5 * rows + r, tl.sum(x + 1, 1), mask=r < rows)
+
+
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (3, 16), (4, 100), (2, 128), (4, 65)])
+def test_masked_tails(rows: int, n: int) -> None:
+    """Sums whose masked elements are neutral may stop early; those of the last two outputs are not."""
+    x = torch.randn(rows, n)
+    out = torch.empty(6, rows)
+    masked_kernel[(1,)](x, out, rows, n, BM=4, BN=128)
+    d = x.double()
+    soft = (d - d.amax(1, keepdim=True)).exp().sum(1)
+    expected = [d.sum(1), ((d - 1) ** 2).sum(1), d.amax(1), soft, d.sum(1) + 128 - n, d.sum(1) + 128]
+    torch.testing.assert_close(out.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
 def weighted(value_a, weight_a, value_b, weight_b):
     return value_a * weight_b + value_b, weight_a * weight_b
 

@@ -28,6 +28,20 @@ def scalar_literal(text: str, elem: Elem) -> str:
     return _from_pattern(_encode(float(text), elem), elem)
 
 
+def python_value(text: str, elem: Elem) -> float | None:
+    """Value of a scalar or ``dense`` splat literal; None for types and literals that are not read."""
+    text = text.strip().removeprefix("dense<").removesuffix(">")
+    if text.startswith("0x"):
+        if elem.name not in ("f16", "f32", "f64"):
+            return None
+        pattern = int(text, 16).to_bytes(elem.bits // 8, "little")
+        return float(struct.unpack({16: "<e", 32: "<f", 64: "<d"}[elem.bits], pattern)[0])
+    try:
+        return float({"true": "1", "false": "0"}.get(text, text))
+    except ValueError:
+        return None
+
+
 def _from_pattern(pattern: int, elem: Elem) -> str:
     if elem.kind in ("bfloat", "fp8"):
         return str(pattern)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+from tilewright.codegen.cpu.lower.bounds import tail_bound
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
-from tilewright.codegen.cpu.lower.lanes import ZERO, Lane, Mask, Point, Uniform, Vector, type_of
+from tilewright.codegen.cpu.lower.lanes import ZERO, Lane, Mask, Point, Uniform, Vector, is_const, type_of
 from tilewright.codegen.cpu.lower.literals import scalar_literal
-from tilewright.codegen.cpu.lower.nest import best_axis, lanes_at, leaf_pointers, nest
+from tilewright.codegen.cpu.lower.nest import Conjunct, assume, best_axis, lanes_at, leaf_pointers, nest
 from tilewright.codegen.cpu.lower.ttir import I1, I32, Block, Elem, Op, Type
 
 # Independent accumulators hide the latency of the combine operation.
@@ -197,14 +198,70 @@ class _Reduction:
         def at(index: str) -> Point:
             return self.full_point(kept, lanes_at(self.ctx, self.shape, self.along, index))
 
-        total = self.accumulate(at, self.shape[self.along], width, lanes)
+        part = self._tail(lanes)
+        if part is not None:
+            total = self._bounded(part, at, width)
+        else:
+            total = self.accumulate(at, self.shape[self.along], width, lanes)
         return horizontal(self.ctx, self.block, total, lanes) if lanes else total
+
+    def _tail(self, lanes: int) -> Conjunct | None:
+        """Mask factor that may end the loop early."""
+        if self.start is None or not lanes or self.shape[self.along] <= lanes:
+            return None
+        return tail_bound(self.ctx, self.op.operands[0], self.along, self.block.ops[0])
+
+    def _bounded(self, part: Conjunct, at: Callable[[str], Point], width: int) -> list[Lane]:
+        """Vectors before the bound with several accumulators, one at a time, then the one the bound cuts."""
+        ctx, elem = self.ctx, self.elems[0]
+        b, bound = ctx.b, part.bound
+        assert bound is not None
+        assert self.start is not None
+        # The tail holds neutral elements in its place, so one of them starts the sum: even of no elements.
+        start = as_vector(ctx, Uniform(elem, self._tail_element()), width)
+        type_ = type_of(elem, width)
+        copies = min(ACCUMULATORS, self.shape[self.along] // width)
+        grouped = _rounded_down(ctx, bound, width * copies)
+        whole = _rounded_down(ctx, bound, width)
+
+        def add(index: str, carried: Sequence[str], full: bool) -> list[str]:
+            out = []
+            for copy, ref in enumerate(carried):
+                point = at(b.int_op("add", index, str(copy * width), I32))
+                assume(ctx, [part], point, full, self.along)
+                lane = combine(ctx, self.block, self._lanes([ref], width), self.inputs(point, width))[0]
+                out.append(ref_of(as_vector(ctx, lane, width)))
+            return out
+
+        step = str(width * copies)
+        accs = b.loop("0", grouped, step, [(type_, ref_of(start))] * copies, lambda i, refs: add(i, refs, True))
+        total = self._lanes(accs[:1], width)
+        for ref in accs[1:]:
+            total = self.registers(combine(ctx, self.block, total, self._lanes([ref], width)), width)
+        rest = b.loop(grouped, whole, str(width), [(type_, ref_of(total[0]))], lambda i, refs: add(i, refs, True))
+        more = b.emit(f"icmp slt i32 {whole}, {bound}")
+        last = b.branch(more, lambda: add(whole, rest, False), lambda: rest, [type_])
+        return self._lanes(last, width)
+
+    def _tail_element(self) -> str:
+        """What the masked elements are: for maxima an infinity, where the neutral element is NaN."""
+        name, elem = self.block.ops[0].name, self.elems[0]
+        if name in ("arith.maxnumf", "arith.minnumf"):
+            return scalar_literal(_infinity(elem, int(name == "arith.maxnumf")), elem)
+        assert self.start is not None
+        return self.start
 
     def _column(self, kept: Point) -> list[Lane]:
         width = max((getattr(lane, "width", 0) for lane in kept), default=0)
         return self.accumulate(
             lambda index: self.full_point(kept, Uniform(I32, index)), self.shape[self.along], 1, width
         )
+
+
+def _rounded_down(ctx: Context, count: str, multiple: int) -> str:
+    if is_const(count):
+        return str(int(count) // multiple * multiple)
+    return ctx.b.emit(f"and i32 {count}, {-multiple}")
 
 
 def scalar_nest(ctx: Context, shape: Sequence[int], body: Callable[[Point], None]) -> None:

@@ -1,0 +1,97 @@
+"""Proves that a masked tail of a tile is neutral in a reduction, so that the mask can end the loop.
+
+What a value is where a condition is false follows from the ``other`` of loads and from ``where``: the tail of
+``where(c < n, x - mean, 0)`` is 0, and so is that of its square, which a sum may leave out.
+"""
+
+import math
+import operator
+from collections.abc import Callable
+
+from tilewright.codegen.cpu.lower.context import Context
+from tilewright.codegen.cpu.lower.literals import python_value
+from tilewright.codegen.cpu.lower.nest import Conjunct, bounded, conjuncts
+from tilewright.codegen.cpu.lower.plan import is_lazy
+from tilewright.codegen.cpu.lower.ttir import Op, Value
+
+_NEUTRAL = {
+    "arith.addf": 0.0, "arith.addi": 0.0, "arith.ori": 0.0, "arith.xori": 0.0, "arith.mulf": 1.0, "arith.muli": 1.0,
+    "arith.maxnumf": -math.inf, "arith.maximumf": -math.inf, "arith.minnumf": math.inf, "arith.minimumf": math.inf,
+}  # fmt: skip
+_BINARY: dict[str, Callable[[float, float], float]] = {
+    "arith.addf": operator.add, "arith.addi": operator.add, "arith.subf": operator.sub, "arith.subi": operator.sub,
+    "arith.mulf": operator.mul, "arith.muli": operator.mul,
+}  # fmt: skip
+_SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extf", "arith.truncf", "tt.fp_to_fp", "arith.extsi"}
+_SAME |= {"arith.extui", "arith.sitofp", "arith.uitofp"}
+
+
+def tail_bound(ctx: Context, value: Value, axis: int, combine: Op) -> Conjunct | None:
+    """A mask factor along ``axis`` outside of which ``value`` is neutral for the operation ``combine``."""
+    neutral = _NEUTRAL.get(combine.name)
+    if neutral is None:
+        return None
+    tried: set[Value] = set()
+    for mask in _masks(value):
+        for part in bounded(ctx, mask):
+            if part.axis != axis or part.bound is None or part.value in tried:
+                continue
+            tried.add(part.value)
+            if _where_false(value, part.value, {}) == neutral:
+                return part
+    return None
+
+
+def _masks(value: Value) -> list[Value]:
+    """Masks of the value's own shape among the loads and selections it is made of."""
+    found, seen, pending = [], {value}, [value]
+    while pending:
+        op = pending.pop().op
+        if op is None or not is_lazy(op):
+            continue
+        if op.name == "tt.load" and len(op.operands) > 1:
+            found.append(op.operands[1])
+        elif op.name == "arith.select":
+            found.append(op.operands[0])
+        for operand in op.operands if op.name != "tt.load" else ():
+            if operand.shape == value.shape and operand not in seen:
+                seen.add(operand)
+                pending.append(operand)
+    return [mask for mask in found if mask.shape == value.shape]
+
+
+def _where_false(value: Value, condition: Value, known: dict[Value, float | None]) -> float | None:
+    """The number a value has wherever a condition is false; None if it is not one fixed number."""
+    if value not in known:
+        known[value] = None
+        if value.op is not None:
+            known[value] = _of_op(value.op, value, condition, known)
+    return known[value]
+
+
+def _of_op(op: Op, value: Value, condition: Value, known: dict[Value, float | None]) -> float | None:
+    def operand(index: int) -> float | None:
+        return _where_false(op.operands[index], condition, known)
+
+    if op.name == "arith.constant":
+        return python_value(op.attrs["value"], value.elem)
+    if op.name in _SAME:
+        return operand(0)
+    if op.name == "tt.load":
+        if len(op.operands) < 2 or not _is_factor(condition, op.operands[1]):
+            return None
+        return operand(2) if len(op.operands) > 2 else 0.0
+    if op.name == "arith.select":
+        return operand(2) if _is_factor(condition, op.operands[0]) else None
+    if op.name in ("math.exp", "math.exp2"):
+        return 0.0 if operand(0) == -math.inf else None
+    if op.name not in _BINARY:
+        return None
+    left, right = operand(0), operand(1)
+    if op.name == "arith.subf" and left == -math.inf and right is None:
+        return left  # minus a number; minus -inf, all elements are NaN, those before the bound as well
+    return None if left is None or right is None else _BINARY[op.name](left, right)
+
+
+def _is_factor(condition: Value, mask: Value) -> bool:
+    return any(part.value is condition for part in conjuncts(mask))
