@@ -1,7 +1,8 @@
 """Attention kernels: one pass over the keys with a running maximum and sum (online softmax), packed or padded.
 
 A program computes a block of queries of one head of one sequence. Source: Milakov and Gimelshein, "Online normalizer
-calculation for softmax", 2018; Dao et al., "FlashAttention", 2022. Exponentials are taken to base 2, with the factor in the scale.
+calculation for softmax", 2018; Dao et al., "FlashAttention", 2022. Exponentials are to base 2, with the factor in the
+scale.
 """
 
 from collections.abc import Iterator, Sequence
@@ -33,9 +34,14 @@ from tilewright.ops import Flow, traits_of
 packing = torch.ops.tilewright
 
 _LOG2_E = 1.4426950408889634
+_NAMES = (
+    *("tile", "head", "sequence", "top", "key_first", "key_last", "rows", "row_mask", "d", "dv", "d_rows"),
+    *("keys", "key_mask", "key_rows", "key_row_mask", "scores", "peak", "new_peak", "shift", "weights", "fade"),
+    *("total", "acc", "attention"),
+)
 _LEAST_DOT = 16
-_QUERIES = 64
-_KEYS = 64
+_QUERIES = 32
+_KEYS = 32
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class _Attention:
         """The step."""
         batch = fact(self.given["cu_seqlens"], TensorType).shape[0] - 1 if self.packed else self._shape("q")[0]
         writer = self.writer
+        writer.reserve(*_NAMES)
         writer.constants.update(BLOCK_M=_QUERIES)
         writer.statement("tile = tl.program_id(0) * BLOCK_M")
         writer.statement("head = tl.program_id(1)")
@@ -150,10 +157,11 @@ class _Attention:
         yield Place(sequence, head, self._rows("tile", self.length, writer.size(self.length)), "key_first", "key_last")
 
     def _limit_keys(self, top: str) -> None:
-        """Leaves out keys that no query of the tile may see. Slots of packed rows are at least as far apart as the rows."""
+        """Leaves out keys that no query of the tile may see: slots are at least as far apart as packed rows."""
         right = 0 if self.given["causal"] else self.given["window_right"]
         if right >= 0:
-            self.writer.statement(f"key_last = tl.minimum(key_last, {top} + BLOCK_M + {right})")
+            end = f"{top} + BLOCK_M + {right}" if right else f"{top} + BLOCK_M"
+            self.writer.statement(f"key_last = tl.minimum(key_last, {end})")
         if self.given["window_left"] >= 0:
             self.writer.statement(f"key_first = tl.maximum(key_first, {top} - {self.given['window_left']})")
 

@@ -1,7 +1,7 @@
 """Row index of packing: two kernels, one program a sequence each.
 
-The first counts a sequence's valid and kept places. In the second each program adds up the counts of the sequences before it,
-which gives its first packed row, and numbers its own places by a prefix sum, block by block.
+The first counts a sequence's valid and kept places. In the second each program adds up the counts of the sequences
+before it, which gives its first packed row, and numbers its own places by a prefix sum, block by block.
 """
 
 import operator
@@ -72,6 +72,7 @@ def emit_index(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, .
 def _begin(parts: _Parts, builder: ProgramBuilder) -> tuple[KernelWriter, Evaluator, Index]:
     writer = KernelWriter(1, register_columns=0, loop_columns=_PLACES)
     evaluator = Evaluator(parts.call.graph, writer, parts.call.read(builder))
+    writer.reserve("sequence", "places", "real", "kept", "row", "rows", "numbers", "before", "kept_count", "real_count")
     writer.statement("sequence = tl.program_id(0)")
     writer.row_deps = frozenset(("sequence",))
     return writer, evaluator, writer.define(Var("sequence", parts.batch))

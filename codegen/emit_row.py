@@ -1,8 +1,8 @@
 """Row kernels: pointwise work, reductions and norms, lookups, gathers and scatters.
 
-A program computes one row (or a block of short rows) of the result with all its columns, so a reduction along the columns stays
-inside it. Without a reduction columns are tiled over programs too; where all operands have the shape of the result, the
-result is one flat row.
+A program computes one row (or a block of short rows) of the result with all its columns, so a reduction along the
+columns stays inside it. Without a reduction columns are tiled over programs too; where all operands have the shape of
+the result, the result is one flat row.
 """
 
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ class Plan:
     """How the elements of results are shared out.
 
     Attributes:
-        kind: "flat": all elements are columns of one row, tiled. "tiles": the last axis is tiled. "rows": the last axis is
-            inside one program. "scalars": every axis is a row, results have no columns.
+        kind: "flat": all elements are columns of one row, tiled. "tiles": the last axis is tiled. "rows": the last axis
+            is inside one program. "scalars": every axis is a row, results have no columns.
         rank: rank of tiles.
         loop_places: reductions may loop over single places.
     """

@@ -1,7 +1,7 @@
 """Evaluates nodes of a region lazily: the value of a node at an index, as statements of a kernel.
 
-Views become arithmetic on the index, inputs become loads, pointwise ops become expressions in the compute dtype. Nothing is
-computed that no output asks for, and what two users ask for at the same index is computed once.
+Views become arithmetic on the index, inputs become loads, pointwise ops become expressions in the compute dtype.
+Nothing is computed that no output asks for, and what two users ask for at the same index is computed once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -169,7 +169,7 @@ class Evaluator:
         return self._finish(node, expression.format(*operands), deps, dtype)
 
     def _operand_dtype(self, node: Node, dtype: torch.dtype) -> torch.dtype:
-        """Type that operands are converted to: that of the result, or their common one where the result is a truth value."""
+        """Type that operands are converted to: that of the result, or their common one if that is a truth value."""
         if node.target == torch.ops.prims.convert_element_type.default:
             return compute_dtype(fact(node.args[0], TensorType).dtype)  # type: ignore[arg-type]
         if dtype != torch.bool:

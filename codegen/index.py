@@ -1,8 +1,8 @@
 """Index expressions of kernels: sums of index variables times sizes, with the simplifications that undo reshapes.
 
 A view op is no code: it is a map from the index of its result to the index of its source. A reshape gives
-``(linear // stride) % size`` for each axis; the rules here turn ``(64 * h + d) // 64`` back into ``h`` when d is known to be
-below 64, and ``S * (r // S) + r % S`` back into ``r``.
+``(linear // stride) % size`` for each axis; the rules here turn ``(64 * h + d) // 64`` back into ``h`` when d is known
+to be below 64, and ``S * (r // S) + r % S`` back into ``r``.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,8 +1,8 @@
 """Turns a written kernel into a module's text, its record, and the step that launches it.
 
-The text holds what the kernel computes and nothing about where it stands in the model, so that regions of equal structure
-have equal text and one kernel. Where it stands (graph nodes, source lines) is in ``KernelSource.origin``; both together
-are ``KernelSource.readable``.
+The text holds what the kernel computes and nothing about where it stands in the model, so that regions of equal
+structure have equal text and one kernel. Where it stands (graph nodes, source lines) is in ``KernelSource.origin``;
+both together are ``KernelSource.readable``.
 """
 
 import ast

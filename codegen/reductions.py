@@ -59,7 +59,9 @@ def define_columns(
     full = isinstance(size, int) and size % block == 0
     mask = None if full or not masked else f"{name}_mask"
     if mask:
-        writer.statement(f"{mask} = {name} < {writer.size(size)}")
+        # Places that start in 64 bits are those of a tensor seen as one row, of which there may be that many.
+        end = writer.wide_size(size) if start and "int64" in start else writer.size(size)
+        writer.statement(f"{mask} = {name} < {end}")
     return writer.define(Var(name, size, writer.rank - 1, constant, mask))
 
 

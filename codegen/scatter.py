@@ -1,13 +1,14 @@
 """Scattering packed rows back to padded places, with zeros at every other place.
 
-One program a packed row: it stores its row at its place, and zeros at the places between the row before and itself. A last
-program stores the zeros behind the last row. So each place is written exactly once, nothing is cleared beforehand, and
-nothing is read from places that hold no token.
+One program a packed row: it stores its row at its place, and zeros at the places between the row before and itself. A
+last program stores the zeros behind the last row. So each place is written exactly once, nothing is cleared beforehand,
+and nothing is read from places that hold no token.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch.fx import Node
 
 from tilewright.codegen.evaluate import Evaluator
@@ -34,6 +35,7 @@ def open_scatter(evaluator: Evaluator, node: Node, view: View, rows: Size) -> It
         The index of the program's row.
     """
     writer = evaluator.writer
+    writer.reserve("program", "first", "place", "pad", "row")
     given = arguments(node)
     shape = fact(node, TensorType).shape
     if given["row_index"] not in evaluator.inputs:
@@ -83,9 +85,7 @@ def store_scattered(evaluator: Evaluator, node: Node, view: View, index: tuple[I
     shape = fact(node, TensorType).shape
     place = variable("place", shape[0] * shape[1], index[0].deps)
     real = evaluator.value(given["valid"], (place // shape[1], place % shape[1]))
-    condition = (
-        real.text if real.dtype.is_floating_point is False and str(real.dtype) == "torch.bool" else f"{real.text} != 0"
-    )
+    condition = real.text if real.dtype == torch.bool else f"{real.text} != 0"
     kept = writer.emit("kept", f"tl.where({condition}, {value.text}, 0)", value.deps | real.deps)
     inner = linear(index[1:], contiguous_strides(shape[2:]))
     out = writer.pointer(view, fact(node, TensorType).dtype, "out")

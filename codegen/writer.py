@@ -1,9 +1,9 @@
-"""Writes the text of one kernel: parameters, index variables, and statements placed in the outermost scope they fit in.
+"""Writes the text of one kernel: parameters, index variables, and statements in the outermost scope they fit in.
 
-A tile has at most two axes. In a kernel of rank 1 a row is a scalar and columns are a vector; in one of rank 2 rows are a
-[BLOCK_M, 1] and columns a [1, BLOCK_N] tensor, so that any two values broadcast. Each value knows the index variables it
-varies with; a statement goes to the outermost scope (program, loop over columns, ...) in which all of them exist,
-so what does not vary in a loop is never computed in it.
+A tile has at most two axes. In a kernel of rank 1 a row is a scalar and columns are a vector; in one of rank 2 rows are
+a [BLOCK_M, 1] and columns a [1, BLOCK_N] tensor, so that any two values broadcast. Each value knows the index variables
+it varies with; a statement goes to the outermost scope (program, loop over columns, ...) in which all of them exist, so
+what does not vary in a loop is never computed in it.
 """
 
 import keyword
@@ -46,7 +46,7 @@ TL_TYPES = {
     torch.bool: "tl.int1",
 }
 
-# What a kernel's text refers to: modules, loop variables, helper functions, sizes, and Python's own words.
+# What any kernel's text may refer to: modules, loop variables, helper functions, sizes, and Python's own words.
 _RESERVED = (
     "tl",
     "triton",
@@ -158,6 +158,10 @@ class KernelWriter:
         self._names.add(name)
         return name
 
+    def reserve(self, *names: str) -> None:
+        """Keeps names that a template uses in its own statements from being given to values."""
+        self._names.update(names)
+
     def pointer(self, view: View, dtype: torch.dtype, hint: str) -> str:
         """Parameter that points to the first element of a view."""
         if view not in self._pointers:
@@ -174,7 +178,15 @@ class KernelWriter:
             return str(size)
         self._symbols |= size.free_symbols
         text = size_text(size)
-        return text if text.isalnum() else f"({text})"
+        return text if text.isalnum() or text.startswith("(") else f"({text})"
+
+    def wide_size(self, size: Size) -> str:
+        """A size that may pass 2^31, as text computed in 64 bits."""
+        if isinstance(size, int):
+            return str(size)
+        self._symbols |= size.free_symbols
+        wide = {symbol: sympy.Symbol(f"tl.cast({symbol}, tl.int64)") for symbol in size.free_symbols}
+        return size_text(size.subs(wide))
 
     def all_params(self) -> list[tuple[str, str, Pointer | Scalar]]:
         """Runtime parameters in order: pointers, then sizes by name."""

@@ -87,7 +87,7 @@ def emit(
     views: dict[int, Callable[[int], View]] | None = None,
     weights: dict[int, torch.Tensor] | None = None,
 ) -> tuple[tuple[Any, ...], ProgramBuilder, RegionCall]:
-    """Emits a body whose inputs are contiguous, except for those ``views`` gives, and weights for those in ``weights``."""
+    """Emits a body; inputs are contiguous, except where ``views`` says otherwise, or the weights of ``weights``."""
     builder = ProgramBuilder()
     inputs = []
     for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):

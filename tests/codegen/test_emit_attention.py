@@ -151,3 +151,19 @@ def test_padded_fewer_queries_than_keys(window: tuple[bool, int, int]) -> None:
 
 def test_padded_bias_and_sinks() -> None:
     padded(66, 66, None, bias="key", sinks=True, dtype=torch.float64, tolerance=1e-13)
+
+
+def test_keys_and_queries_that_are_computed() -> None:
+    """Norms of each head in front of the attention, whose names must not meet those of the softmax."""
+    valid = lengths(40, 5)
+    row_index, slots, *offsets = ops.pack_index(valid, False)
+    body = Body()
+    q, k, v = (body.input((TOKENS, 2, 24)) for _ in range(3))
+    index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(2)]
+    index.append(body.input((TOKENS,), torch.int32))
+    weight = body.input((24,))
+    normed = [body.call(aten.rms_norm.default, x, [24], weight, 1e-6) for x in (q, k)]
+    out = body.call(ops.attention_packed.default, *normed, v, *index, None, None, SEQ, 0.2, False, -1, -1, 0.0)
+    tensors = [*torch.randn(3, row_index.shape[0], 2, 24), *offsets, slots, torch.randn(24)]
+    sizes = {BATCH: 2, SEQ: 40, TOKENS: row_index.shape[0]}
+    assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION)

@@ -46,7 +46,7 @@ def check(body: Body, rows: int, variant: str, tolerance: float, stored: bool = 
     assert_matches(gm, tensors, {TOKENS: rows}, tolerance, anchor=Anchor.GEMM, variant=variant, weights=weights)
 
 
-@pytest.mark.parametrize("variant", ["triton", "vendor"])
+@pytest.mark.parametrize("variant", ["triton", "triton_few", "vendor"])
 @pytest.mark.parametrize("epilogue", ["", "gelu", "residual", "heads"])
 @pytest.mark.parametrize(("rows", "n", "k"), [(70, 128, 128), (5, 100, 70), (1, 2, 3)])
 def test_epilogues_and_tails(rows: int, n: int, k: int, epilogue: str, variant: str) -> None:

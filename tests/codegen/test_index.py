@@ -1,6 +1,7 @@
 """Index algebra: against numpy on random reshapes, and the simplifications that kernels rely on."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_chain_of_reshapes_addresses_the_same_element(family: str, seed: int) ->
     rng = random.Random(seed)
     shapes = [rng.choice(SHAPES[family]) for _ in range(4)]
     index = tuple(variable(f"i{axis}", size) for axis, size in enumerate(shapes[0]))
-    for new, old in zip(shapes, shapes[1:], strict=False):
+    for new, old in pairwise(shapes):
         index = reshape(index, old, new)
     first, last = ([number(size) for size in shape] for shape in (shapes[0], shapes[-1]))
     for place in np.ndindex(*first):
