@@ -82,8 +82,6 @@ def edge_values() -> Tensor:
     """Numbers at rounding boundaries, subnormals and special values of the small float types."""
     special = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 65504.0, 65520.0, 3.4e38, 1e-40, 6e-8, 5.9e-8]
     near = [
-        1 + 2**-11 + 2**-40,
-        1 + 2**-8 + 2**-40,
         1 + 2**-8,
         1 + 3 * 2**-8,
         1 + 2**-11,

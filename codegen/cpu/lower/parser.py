@@ -13,6 +13,7 @@ _NAME = re.compile(r'"?([A-Za-z_][\w.]*)"?')
 _RESULTS = re.compile(r"^((?:%[\w$.-]+(?::\d+)?(?:, )?)+) = ")
 _LABEL = re.compile(r"^(\^\w+)(\((.*)\))?:")
 _FUNC = re.compile(r"^tt\.func (public |private )?@(\"[^\"]*\"|[\w$.]+)\(")
+_Reader = Callable[["Parser", str, str, str], Op]
 _SETTING = re.compile(r"\b(\w+) = (\w+)")
 
 
@@ -149,7 +150,7 @@ class Parser:
         if name_match is None:
             raise self._error("this line", loc)
         name, rest = name_match[1], line[name_match.end() :].strip()
-        read: Callable[[str, str, str], Op] = _SPECIAL.get(name, Parser._plain)
+        read: _Reader = _SPECIAL.get(name, Parser._plain)
         op = read(self, name, rest, loc)
         op.loc = op.loc or self._locations.source(loc)
         self._bind_results(op, names)
@@ -300,7 +301,7 @@ def _take_attrs(head: str) -> tuple[str, dict[str, str]]:
 
 _NO_RESULT = {"tt.store", "tt.return", "scf.yield", "scf.condition", "tt.reduce.return", "tt.scan.return"}
 _NO_RESULT |= {"tt.print", "tt.assert"}
-_SPECIAL = {
+_SPECIAL: dict[str, _Reader] = {
     "scf.for": Parser._for,
     "scf.if": Parser._if,
     "scf.while": Parser._while,
