@@ -109,7 +109,7 @@ def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) 
     validity = "attention_mask" if any(t.name == "attention_mask" and t.ndim == 2 for t in signature.tensors) else None
     error: CaptureError | None = None
     for choice in choices:
-        for stretched in (True, False):
+        for stretched in ((0, 1), (0,), ()):
             args, kwargs, dynamic = example_call(model, signature, example, stretched)
             with attention_implementation(model, choice) if choice else nullcontext():
                 try:
@@ -119,7 +119,8 @@ def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) 
                     return gm, tried
                 except CaptureError as caught:
                     error = error or caught
-                    tried[f"capture with {choice or 'own'} attention"] = f"{caught.what}: {caught.why}"
+                    how = f"{choice or 'own'} attention" + ("" if len(stretched) == 2 else ", the example's sizes")
+                    tried[f"capture with {how}"] = f"{caught.what}: {caught.why}"
             if example is None:
                 break
     assert error is not None
@@ -130,7 +131,7 @@ def example_call(
     model: nn.Module,
     signature: CallSignature,
     example: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
-    stretched: bool,
+    stretched: tuple[int, ...],
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, tuple[int, ...]]]:
     """Arguments to trace with, and the symbolic axes of each tensor by ``id``.
 
@@ -156,8 +157,8 @@ def example_call(
             axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == extent and (axis == 1 or tensor.dim() == 4)
         )
         axes = (0, *lengths) if tensor.dim() else ()
-        if stretched:
-            for axis in axes:
+        for axis in axes:
+            if min(axis, 1) in stretched:
                 wanted = batch if axis == 0 else length
                 tensor = tensor.index_select(axis, torch.arange(wanted, device=tensor.device) % tensor.shape[axis])
         made[argument.name] = tensor.detach()
@@ -179,9 +180,10 @@ def _made_up(argument: TensorArgument, first: Tensor | None, batch: int, length:
 
 
 def _longest(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    found = [getattr(config, key, None) for key in _LENGTHS]
-    return next((n for n in found if isinstance(n, int) and n > 0), None)
+    """The smallest length limit that a configuration of the model, or of a model inside it, names."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    found = [getattr(config, key, None) for config in configs for key in _LENGTHS]
+    return min((n for n in found if isinstance(n, int) and n > 0), default=None)
 
 
 def _has_hooks(model: nn.Module) -> bool:

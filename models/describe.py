@@ -58,7 +58,7 @@ def set_origin(node: Node, meta: Mapping[str, Any]) -> None:
 
 def _module_path(text: str) -> str:
     """``L['self'].encoder.layer[0]`` of dynamo and ``encoder.layer.0@1`` of export as ``encoder.layer.0``."""
-    text = re.sub(r"^L\['\w+'\]\.?|@\d+$", "", text)
+    text = re.sub(r"^L\['\w+'\]\.?|^with_statics\.?|@\d+$", "", text)
     return re.sub(r"\[['\"]?(\w+)['\"]?\]", r".\1", text).replace("._modules.", ".").strip(".")
 
 
@@ -132,9 +132,26 @@ def finish(gm: GraphModule, names: Mapping[sympy.Symbol, Size]) -> None:
     for node in gm.graph.nodes:
         if node.op == "output":
             continue
+        if draws_random(node):
+            raise CaptureError(
+                "the model draws random numbers",
+                where=where(node),
+                why=f"{node.target} gives another result at every run",
+                hint="turn it off for inference; the model runs as it was",
+            )
         set_type(node, node.meta.get("val"), names)
         if node.op == "call_function":
             set_origin(node, node.meta)
+
+
+def draws_random(node: Node) -> bool:
+    """True for an op that draws random numbers; dropout in evaluation mode or of nothing does not."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    off = given.get("train", given.get("training", True)) is False or given.get("p", 1) == 0
+    return not off and not ("dropout_p" in names and not given.get("dropout_p"))
 
 
 def strip_meta(gm: GraphModule) -> None:

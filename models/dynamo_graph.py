@@ -163,7 +163,8 @@ def _describe(gm: GraphModule, names: dict[sympy.Symbol, Size], output: Any) -> 
 
 def _input_name(name: str) -> str:
     """``l_kwargs_input_ids_`` or ``L_input_ids_`` as ``input_ids``."""
-    return re.sub(r"^[lL]_(kwargs_|args_)?|_$", "", name) or name
+    short = re.sub(r"^[lL]_(kwargs_)?|_$", "", name)
+    return short if short.isidentifier() else name
 
 
 def _weight_name(name: str) -> str:

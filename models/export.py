@@ -1,5 +1,6 @@
 """From ``torch.export`` to a graph of ours: weights become attributes, sizes become B and S, nodes get their facts."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -39,6 +40,26 @@ def example_sizes(model: nn.Module, longest: int | None) -> tuple[int, int]:
     return batch, length
 
 
+class WithStatics(nn.Module):
+    """The model with its plain arguments fixed: torch.export finds no place for those that go into ``**kwargs``."""
+
+    PREFIX = "with_statics."
+
+    def __init__(self, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.with_statics = model
+        self.training = model.training
+        statics = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+
+        def forward(**tensors: Tensor) -> Any:
+            return model(**tensors, **statics)
+
+        kind = inspect.Parameter.KEYWORD_ONLY
+        names = [name for name in kwargs if name not in statics]
+        forward.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+        self.forward = forward
+
+
 def run_export(
     model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Mapping[int, Any]
 ) -> ExportedProgram:
@@ -50,6 +71,8 @@ def run_export(
     Raises:
         CaptureError: the model cannot be traced; says where torch gave up.
     """
+    if set(kwargs) - set(inspect.signature(model.forward).parameters):
+        model, kwargs = WithStatics(model, kwargs), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
     shapes = torch.export.ShapesCollection()
     for tensor in (*args, *kwargs.values()):
         if isinstance(tensor, Tensor):
@@ -166,8 +189,9 @@ def _weight(graph: Graph, program: ExportedProgram, target: str, tensors: dict[s
     for known, tensor in tensors.items():
         if tensor is value or (tensor.data_ptr() == value.data_ptr() and _same_view(tensor, value)):
             return next(n for n in graph.nodes if n.op == "get_attr" and n.target == known)
-    tensors[target] = value.detach()
-    return graph.get_attr(target)
+    key = target.removeprefix(WithStatics.PREFIX)
+    tensors[key] = value.detach()
+    return graph.get_attr(key)
 
 
 def _same_view(a: Tensor, b: Tensor) -> bool:

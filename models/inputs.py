@@ -195,7 +195,9 @@ def bind(signature: CallSignature, info: GraphInfo, args: tuple[Any, ...], kwarg
             bound.append(torch.full(shape, 1 if spec.default == "ones" else 0, dtype=spec.dtype))
             continue
         if tuple(tensor.shape) != shape:
-            raise _shape_error(spec, tensor, shape)
+            if spec.validity or spec.shape[0] != BATCH or (1, *shape[1:]) != tuple(tensor.shape):
+                raise _shape_error(spec, tensor, shape)
+            tensor = tensor.expand(shape)
         bound.append(_convert(spec, tensor).contiguous())
     return bound
 
@@ -230,8 +232,9 @@ def _read_sizes(spec: InputSpec, tensor: Tensor, sizes: dict[sympy.Symbol, int])
             hint=hint,
         )
     for size, actual in zip(spec.shape, tensor.shape, strict=True):
-        if isinstance(size, sympy.Symbol):
-            sizes.setdefault(size, actual)
+        # A batch of 1 may stand for any: position ids are often given once for all sequences.
+        if isinstance(size, sympy.Symbol) and (size not in sizes or (size == BATCH and sizes[size] == 1)):
+            sizes[size] = actual
 
 
 def _check_bounds(info: GraphInfo, sizes: dict[sympy.Symbol, int]) -> None:
