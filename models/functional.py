@@ -56,9 +56,11 @@ def _check_unshared(node: Node, source: Node, order: dict[Node, int]) -> None:
     why = ""
     if source.op != "call_function" or _is_view(source):
         why = f"it writes to '{source.name}', which is an input or shares memory with another value"
-    for view in (user for user in source.users if _is_view(user) and order[user] < order[node]):
+    views = [user for user in source.users if _is_view(user) and order[user] < order[node]]
+    for view in views:  # grows while it is read: views of views share the memory too
         if any(order[user] > order[node] for user in view.users):
             why = f"'{view.name}', a view of what it writes to, is read afterwards"
+        views += [user for user in view.users if _is_view(user) and order[user] < order[node]]
     if why:
         raise CaptureError("an op writes in place", where=node.name, why=why, hint="the model runs as it was")
 

@@ -145,6 +145,10 @@ def _simple(elements: Elements, element: Element) -> Element:
     if not isinstance(element, Apply):
         return element
     parts = [_simple(elements, a) if _is_condition(element.name, i) else a for i, a in enumerate(element.args)]
+    if element.name in ("eq", "ne"):
+        tables = [isinstance(part, Load) and part.node.op == "get_attr" for part in parts]
+        pairs = zip(parts, tables, strict=True)
+        parts = [_constant_pattern(elements, p.node, p.index) if table else p for p, table in pairs]  # type: ignore[union-attr]
     match element.name, parts:
         case "bool", [Number(value) | Integer(value)]:
             return Number(bool(value != 0))
