@@ -50,28 +50,18 @@ _LAYER = either(
 )
 
 # "Gaussian Error Linear Units" (Hendrycks and Gimpel, 2016), section 2: the exact form and the tanh form.
-_CUBED = either(
-    call(aten.pow.Tensor_Scalar, X, Num(3)),
-    call(MUL, call(MUL, X, X), X),
-    call(MUL, call(aten.pow.Tensor_Scalar, X, Num(2)), X),
+_ROOT = Num(math.sqrt(2 / math.pi), rel=1e-4)
+_CUBIC = Num(0.044715)
+_SQUARED = _square(X)
+_CUBED = either(call(aten.pow.Tensor_Scalar, X, Num(3)), call(MUL, _SQUARED, X))
+_SQUARE_TERM = either(call(MUL, _SQUARED, _CUBIC), call(MUL, call(MUL, X, _CUBIC), X))
+_CUBE_TERM = either(call(MUL, _CUBED, _CUBIC), call(MUL, _SQUARE_TERM, X))
+_SPREAD = call(ADD, _SQUARE_TERM, Num(1))
+_INNER = either(
+    call(MUL, either(call(ADD, X, _CUBE_TERM), call(MUL, X, _SPREAD)), _ROOT),
+    call(MUL, call(MUL, X, _ROOT), _SPREAD),
 )
-_INNER = call(ADD, X, call(MUL, _CUBED, Num(0.044715)))
-_SPREAD = call(MUL, X, call(ADD, call(MUL, call(MUL, X, X), Num(0.044715)), Num(1)))
-_TANH = call(
-    ADD,
-    call(
-        aten.tanh.default,
-        either(
-            call(MUL, either(_INNER, _SPREAD), Num(math.sqrt(2 / math.pi), rel=1e-4)),
-            call(
-                MUL,
-                call(MUL, X, Num(math.sqrt(2 / math.pi), rel=1e-4)),
-                call(ADD, call(MUL, call(MUL, X, X), Num(0.044715)), Num(1)),
-            ),
-        ),
-    ),
-    Num(1),
-)
+_TANH = call(ADD, call(aten.tanh.default, _INNER), Num(1))
 _ERF = call(
     ADD,
     call(
