@@ -10,8 +10,7 @@ from collections.abc import Callable
 
 from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.literals import python_value
-from tilewright.codegen.cpu.lower.nest import Conjunct, bounded, conjuncts
-from tilewright.codegen.cpu.lower.plan import is_lazy
+from tilewright.codegen.cpu.lower.nest import Conjunct, bounded, conjuncts, masks_of
 from tilewright.codegen.cpu.lower.ttir import Op, Value
 
 _NEUTRAL = {
@@ -32,7 +31,7 @@ def tail_bound(ctx: Context, value: Value, axis: int, combine: Op) -> Conjunct |
     if neutral is None:
         return None
     tried: set[Value] = set()
-    for mask in _masks(value):
+    for mask in masks_of(value):
         for part in bounded(ctx, mask):
             if part.axis != axis or part.bound is None or part.value in tried:
                 continue
@@ -40,24 +39,6 @@ def tail_bound(ctx: Context, value: Value, axis: int, combine: Op) -> Conjunct |
             if _where_false(value, part.value, {}) == neutral:
                 return part
     return None
-
-
-def _masks(value: Value) -> list[Value]:
-    """Masks of the value's own shape among the loads and selections it is made of."""
-    found, seen, pending = [], {value}, [value]
-    while pending:
-        op = pending.pop().op
-        if op is None or not is_lazy(op):
-            continue
-        if op.name == "tt.load" and len(op.operands) > 1:
-            found.append(op.operands[1])
-        elif op.name == "arith.select":
-            found.append(op.operands[0])
-        for operand in op.operands if op.name != "tt.load" else ():
-            if operand.shape == value.shape and operand not in seen:
-                seen.add(operand)
-                pending.append(operand)
-    return [mask for mask in found if mask.shape == value.shape]
 
 
 def _where_false(value: Value, condition: Value, known: dict[Value, float | None]) -> float | None:

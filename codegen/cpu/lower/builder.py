@@ -131,12 +131,12 @@ class Builder:
         body: Callable[[str, list[str]], Sequence[str]],
         *,
         index_type: str = "i32",
-        unsigned: bool = False,
-        attributes: str = "",
+        small: bool = True,
     ) -> list[str]:
         """``for index in range(lo, hi, step)`` with carried values.
 
         Args:
+            small: the index is not negative and far from overflow, as those of a tile are.
             init: (LLVM type, value) of each carried value before the loop.
             body: writes the body, given the index and the carried values; returns their next values.
 
@@ -150,8 +150,8 @@ class Builder:
         entry_label = self.scope.label
         following = body(index, carried)
         following_index = self.fresh("i")
-        self.effect(f"{following_index} = add {index_type} {index}, {step}")
-        self.effect(f"br label %{head}{attributes}")
+        self.effect(f"{following_index} = add {'nuw nsw ' if small else ''}{index_type} {index}, {step}")
+        self.effect(f"br label %{head}")
         inner = self.close()
         outer = self.scope
         outer.lines += [f"  br label %{head}", f"{head}:"]
@@ -160,8 +160,7 @@ class Builder:
             outer.lines.append(f"  {name} = phi {type_} [{first}, %{outer.label}], [{last}, %{inner.label}]")
             self.define(name)
         more = self.fresh("more")
-        predicate = "ult" if unsigned else "slt"
-        outer.lines.append(f"  {more} = icmp {predicate} {index_type} {index}, {hi}")
+        outer.lines.append(f"  {more} = icmp slt {index_type} {index}, {hi}")
         outer.lines.append(f"  br i1 {more}, label %{entry_label}, label %{done}")
         outer.lines += inner.lines
         self.label(done)

@@ -90,7 +90,7 @@ class _For:
             write_all(ctx, [(self.yielded[k], buffer) for k, buffer in self.buffers.items()], self.op)
             return following
 
-        final = ctx.b.loop(*bounds, init, body, index_type=self.index.elem.llvm)
+        final = ctx.b.loop(*bounds, init, body, index_type=self.index.elem.llvm, small=False)
         for k, ref in zip(phis, final, strict=True):
             self._bind_carried(self.op.results[k], k, ref)
         for k, buffer in self.buffers.items():

@@ -96,6 +96,10 @@ def splat_const(text: str, type_: str) -> str:
 class LaneBuilder(Builder):
     """Builder with integer arithmetic that keeps the form of lanes."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[str, tuple[str, str]] = {}
+
     def vector_of_scalar(self, ref: str, llvm: str, width: int) -> str:
         """Broadcasts a scalar."""
         if not ref.startswith("%"):
@@ -191,10 +195,10 @@ class LaneBuilder(Builder):
             return "0"
         if op == "mul" and "1" in (a, b):
             return b if a == "1" else a
-        return self.emit(f"{op} {elem.llvm} {a}, {b}")
-
-    def stride_ref(self, stride: int | str) -> str:
-        return str(stride)
+        name = self.emit(f"{op} {elem.llvm} {a}, {b}")
+        if op == "add":
+            self._sums[name] = (a, b)
+        return name
 
     def _stride(self, ref: str) -> int | str:
         return int(ref) if is_const(ref) else ref
@@ -235,6 +239,18 @@ class LaneBuilder(Builder):
             return ref
         return self.emit(f"sext {elem.llvm} {ref} to i64")
 
+    def _widen_terms(self, ref: str, elem: Elem) -> list[str]:
+        """A sum as i64 terms, each in the outermost loop where it is known.
+
+        Like the widening of affine lanes this takes the index not to wrap around. LLVM may not split a widened sum
+        by itself, and would add and widen in the innermost loop for every access.
+        """
+        parts = self._sums.get(ref)
+        if parts is None or elem.bits == 64 or self.level_of(parts[0]) == self.level_of(parts[1]):
+            return [self.widen_index(ref, elem)]
+        terms = [term for part in parts for term in self._widen_terms(part, elem)]
+        return sorted(terms, key=lambda term: self.level_of(term))
+
     def add_pointer(self, pointer: Lane, offset: Lane) -> Lane:
         """``pointer + offset`` elements."""
         pointee = pointer.elem.pointee
@@ -243,8 +259,10 @@ class LaneBuilder(Builder):
         if ptr_parts and off_parts:
             base = ptr_parts[0]
             if off_parts[0] != "0":
-                shift = self.widen_index(off_parts[0], offset.elem)
-                base = self.emit(f"getelementptr {pointee.memory}, ptr {base}, i64 {shift}")
+                lanes = width_of(pointer, offset)
+                shifts = self._widen_terms(off_parts[0], offset.elem) if lanes else []
+                for shift in shifts or [self.widen_index(off_parts[0], offset.elem)]:
+                    base = self.emit(f"getelementptr {pointee.memory}, ptr {base}, i64 {shift}")
             stride = self.widen_index(off_parts[1], offset.elem)
             total = self.int_op("add", ptr_parts[1], stride, Elem("int", 64, "i64"))
             return self.affine(pointer.elem, base, total, width_of(pointer, offset))

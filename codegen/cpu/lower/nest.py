@@ -144,14 +144,16 @@ def nest(
     body: Body,
     bounds: dict[int, str] | None = None,
     unroll: int = UNROLL,
+    starts: dict[int, str] | None = None,
 ) -> None:
     """Runs ``body`` over a tile.
 
     Args:
         axis: the vector axis, innermost.
         bounds: i32 numbers of elements of axes to visit, from 0 to the size.
+        starts: i32 first elements to visit of axes other than the vector axis.
     """
-    bounds = bounds or {}
+    bounds, starts = bounds or {}, starts or {}
     others = [a for a in range(len(shape)) if a != axis]
 
     def inner(point: list[Lane]) -> None:
@@ -165,7 +167,7 @@ def nest(
             inner(point)
             return
         at = others[depth]
-        if shape[at] == 1 and at not in bounds:
+        if shape[at] == 1 and at not in bounds and at not in starts:
             scalar_loops(depth + 1, point)
             return
 
@@ -173,7 +175,7 @@ def nest(
             scalar_loops(depth + 1, [Uniform(I32, index) if a == at else lane for a, lane in enumerate(point)])
             return []
 
-        ctx.b.loop("0", bounds.get(at, str(shape[at])), "1", [], step)
+        ctx.b.loop(starts.get(at, "0"), bounds.get(at, str(shape[at])), "1", [], step)
 
     scalar_loops(0, [ZERO] * len(shape))
 
@@ -260,10 +262,52 @@ def _is_contiguous(ctx: Context, pointer: Value, axis: int) -> bool:
     return isinstance(lane, Affine) and lane.stride == 1
 
 
+def masks_of(value: Value) -> list[Value]:
+    """Masks of the value's own shape among the loads and selections it is made of."""
+    found, seen, pending = [], {value}, [value]
+    while pending:
+        op = pending.pop().op
+        if op is None or not is_lazy(op):
+            continue
+        if op.name == "tt.load" and len(op.operands) > 1:
+            found.append(op.operands[1])
+        elif op.name == "arith.select":
+            found.append(op.operands[0])
+        for operand in op.operands if op.name != "tt.load" else ():
+            if operand.shape == value.shape and operand not in seen:
+                seen.add(operand)
+                pending.append(operand)
+    return [mask for mask in found if mask.shape == value.shape]
+
+
+def row_parts(ctx: Context, value: Value, vector_axis: int) -> list[Conjunct]:
+    """Mask factors that cut rows off: bounds along one axis that is not the vector axis."""
+    parts: list[Conjunct] = []
+    for mask in masks_of(value):
+        for part in bounded(ctx, mask):
+            same = not parts or (part.axis == parts[0].axis and all(part.value is not p.value for p in parts))
+            if part.bound is not None and part.axis != vector_axis and same:
+                parts.append(part)
+    return parts
+
+
 def materialize(ctx: Context, value: Value, buffer: Buffer | None = None, op: Op | None = None) -> Buffer:
     """Evaluates a whole tile into scratch memory (a new buffer unless one is given)."""
     buffer = buffer or ctx.new_buffer(Type(value.elem, value.shape), op or value.op)
     target = buffer
     axis = best_axis(ctx, value.shape, leaf_pointers(ctx, value))
-    nest(ctx, value.shape, axis, lambda point, _: ctx.write(target, point, ctx.value(value, point)))
+    parts = row_parts(ctx, value, axis)
+
+    def write(point: Point, _: bool) -> None:
+        ctx.write(target, point, ctx.value(value, point))
+
+    def write_inside(point: Point, full: bool) -> None:
+        assume(ctx, parts, point, full, axis)
+        write(point, full)
+
+    # Rows that a mask lets through are written without testing it.
+    bounds = bounds_of(ctx, parts)
+    if bounds:
+        nest(ctx, value.shape, axis, write_inside, bounds)
+    nest(ctx, value.shape, axis, write, starts=bounds)
     return buffer

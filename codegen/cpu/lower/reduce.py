@@ -6,7 +6,16 @@ from tilewright.codegen.cpu.lower.bounds import tail_bound
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.lanes import ZERO, Lane, Mask, Point, Uniform, Vector, is_const, type_of
 from tilewright.codegen.cpu.lower.literals import scalar_literal
-from tilewright.codegen.cpu.lower.nest import Conjunct, assume, best_axis, lanes_at, leaf_pointers, nest
+from tilewright.codegen.cpu.lower.nest import (
+    Conjunct,
+    assume,
+    best_axis,
+    bounds_of,
+    lanes_at,
+    leaf_pointers,
+    nest,
+    row_parts,
+)
 from tilewright.codegen.cpu.lower.ttir import I1, I32, Block, Elem, Op, Type
 
 # Independent accumulators hide the latency of the combine operation.
@@ -184,12 +193,26 @@ class _Reduction:
                 self.ctx.bind(result, Scalar(ref_of(lane)))
             return
         if self.vector_axis == self.along:
-            scalar_nest(self.ctx, self.kept, lambda kept: self.write(kept, self._row(kept)))
+            self._rows()
         else:
             axis = self.vector_axis - (self.vector_axis > self.along)
             nest(self.ctx, self.kept, axis, lambda kept, _: self.write(kept, self._column(kept)), unroll=1)
         for result, buffer in zip(self.op.results, self.buffers, strict=True):
             self.ctx.bind(result, buffer)
+
+    def _rows(self) -> None:
+        """Each row for itself; those that a mask lets through without testing it."""
+        ctx = self.ctx
+        parts = row_parts(ctx, self.op.operands[0], self.along)
+        bounds = {axis - (axis > self.along): bound for axis, bound in bounds_of(ctx, parts).items()}
+
+        def inside(kept: Point) -> None:
+            assume(ctx, parts, self.full_point(kept, ZERO), True, self.along)
+            self.write(kept, self._row(kept))
+
+        if bounds:
+            scalar_nest(ctx, self.kept, inside, bounds=bounds)
+        scalar_nest(ctx, self.kept, lambda kept: self.write(kept, self._row(kept)), starts=bounds)
 
     def _row(self, kept: Point) -> list[Lane]:
         width = min(self.ctx.width, self.shape[self.along])
@@ -264,14 +287,21 @@ def _rounded_down(ctx: Context, count: str, multiple: int) -> str:
     return ctx.b.emit(f"and i32 {count}, {-multiple}")
 
 
-def scalar_nest(ctx: Context, shape: Sequence[int], body: Callable[[Point], None]) -> None:
-    """Scalar loops over all axes."""
+def scalar_nest(
+    ctx: Context,
+    shape: Sequence[int],
+    body: Callable[[Point], None],
+    bounds: dict[int, str] | None = None,
+    starts: dict[int, str] | None = None,
+) -> None:
+    """Scalar loops over all axes, of some from ``starts`` or up to ``bounds``."""
+    bounds, starts = bounds or {}, starts or {}
 
     def level(point: Point) -> None:
         depth = len(point)
         if depth == len(shape):
             body(point)
-        elif shape[depth] == 1:
+        elif shape[depth] == 1 and depth not in bounds and depth not in starts:
             level((*point, ZERO))
         else:
 
@@ -279,7 +309,7 @@ def scalar_nest(ctx: Context, shape: Sequence[int], body: Callable[[Point], None
                 level((*point, Uniform(I32, index)))
                 return []
 
-            ctx.b.loop("0", str(shape[depth]), "1", [], step)
+            ctx.b.loop(starts.get(depth, "0"), bounds.get(depth, str(shape[depth])), "1", [], step)
 
     level(())
 
