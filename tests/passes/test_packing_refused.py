@@ -231,6 +231,12 @@ def rows_in_another_order(g: Padded) -> Node:
 
 
 @case("no_mixing_of_places")
+def rows_split_in_another_order(g: Padded) -> Node:
+    flat = g.call(aten.reshape.default, hidden(g), [-1, N])
+    return blame(g, g.call(aten.reshape.default, flat, [g.length, g.batch, N]))
+
+
+@case("no_mixing_of_places")
 def prepended_column(g: Padded) -> Node:
     x = hidden(g)
     return blame(g, g.call(aten.cat.default, [g.call(aten.slice.Tensor, x, 1, 0, 1), x], 1))

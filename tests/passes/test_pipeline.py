@@ -95,7 +95,7 @@ def test_verification_follows_the_setting(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_files_of_each_pass(tmp_path: Path) -> None:
-    gm, records = run_pipeline(small(), after_normalization(2), [ArtifactWriter(tmp_path / "dump")])
+    _, records = run_pipeline(small(), after_normalization(2), [ArtifactWriter(tmp_path / "dump")])
     names = [f"{step:02d}_{record.name}" for step, record in enumerate(records, start=1)]
     expected = {"00_captured.txt", "passes.txt", *(f"{n}.txt" for n in names), *(f"{n}.json" for n in names)}
     assert {path.name for path in (tmp_path / "dump").iterdir()} == expected

@@ -149,11 +149,32 @@ def test_nan_in_pad_rows_reaches_nothing() -> None:
 
 def test_features_are_gathered_first() -> None:
     g = Padded()
-    features = g.input("features", BATCH, SEQ, 10, dtype=g.dtype)
-    scaled = g.call(aten.mul.Tensor, features, 3.0)
-    packed = pack(g.done(g.encoder_layer(g.linear(scaled, "project", 24))))
+    parts = [g.input(name, BATCH, SEQ, 10, dtype=g.dtype) for name in ("features", "more_features")]
+    total = g.call(aten.mul.Tensor, g.call(aten.add.Tensor, *parts), 3.0)
+    packed = pack(g.done(g.encoder_layer(g.linear(total, "project", 24))))
     gathers = [node for node in packed.graph.nodes if node.target is tw.gather_rows.default]
-    assert [node.args[0].name for node in gathers] == ["features"]
+    assert [node.args[0].name for node in gathers] == ["features", "more_features"]
+
+
+def test_a_value_used_twice_is_gathered_once() -> None:
+    g = Padded()
+    columns = g.column_positions()
+    x = g.add(g.embed(g.ids, 23, 24), g.embed(columns, 40, 24))
+    x = g.call(aten.mul.Tensor, x, g.embed(columns, 40, 24))
+    graph = g.done(g.encoder_layer(g.add(x, g.embed(g.ids, 23, 24))))
+    packed = pack(graph)
+    assert ops(packed)[tw.gather_rows.default] == 2
+    check(graph, packed, inputs_for("left", 3, 6, 0))
+
+
+def test_tokens_broadcast_against_axes_before_them() -> None:
+    g = Padded()
+    scores = g.call(aten.sum.dim_IntList, g.encoder_layer(g.embed(g.ids, 23, 24)), [2])
+    each = g.call(aten.mul.Tensor, scores, g.weight("factors", 3, 1, 1))
+    graph = g.done(each, g.call(aten.add.Tensor, each, g.mask_input))
+    packed = pack(graph)
+    for seed, pattern in enumerate(PATTERNS):
+        check(graph, packed, inputs_for(pattern, 4, 6, seed))
 
 
 def _pooled(method: str) -> Callable[[Padded, Node], Node]:
