@@ -144,7 +144,9 @@ def example_call(
     """
     batch, length = example_sizes(model, _longest(model))
     parameters = forward_parameters(model)
-    given = name_arguments(parameters, *example) if example is not None else {}
+    given: dict[str, Any] = {}
+    if example is not None:
+        given = name_arguments(parameters.positional, *example, varargs=parameters.varargs)
     first = next((given[t.name] for t in signature.tensors if t.name in given and t.ndim >= 2), None)
     extent = first.shape[1] if first is not None else length
     made: dict[str, Tensor] = {}

@@ -126,7 +126,7 @@ def signature_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         InputError: more positional arguments than parameters, or one given twice.
     """
     parameters = forward_parameters(model)
-    named = name_arguments(parameters, args, kwargs)
+    named = name_arguments(parameters.positional, args, kwargs, varargs=parameters.varargs)
     tensors: dict[str, TensorArgument] = {}
     statics: dict[str, Any] = {}
     obstacle = ""
@@ -146,17 +146,24 @@ def signature_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
             # A 2-D mask is the same input whatever its dtype; ``bind`` converts it.
             if given is None or given.ndim == 2:
                 tensors[name] = TensorArgument(name, 2, "integer")
+            elif given.ndim != 4:
+                raise InputError(
+                    f"input '{name}' has {given.ndim} axes",
+                    why="it marks tokens as [batch, length], or pairs of tokens as [batch, 1, queries, keys]",
+                    hint="give one value for each id, in the shape of input_ids",
+                )
     statics = implied_statics(model) | statics
     order = {name: i for i, name in enumerate(parameters.names)}
     ordered = sorted(tensors.values(), key=lambda t: order.get(t.name, len(order)))
     return CallSignature(tuple(ordered), tuple(sorted(statics.items())), obstacle, parameters.positional)
 
 
-def name_arguments(parameters: Parameters, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments by name; those of ``*args`` are called ``args_0`` and so on."""
-    names = parameters.positional
+def name_arguments(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any], *, varargs: bool = False
+) -> dict[str, Any]:
+    """All arguments by name, given the positional names; those of ``*args`` are called ``args_0`` and so on."""
     if len(args) > len(names):
-        if not parameters.varargs:
+        if not varargs:
             raise InputError(
                 "too many positional arguments", why=f"{len(args)} given, the model takes {len(names)}: {names}"
             )

@@ -5,11 +5,19 @@ Use ``dynamic=True``: with constant sizes dynamo traces anew for each shape, and
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
+
+if TYPE_CHECKING:
+    from tilewright.driver.compile import CompiledGraph
+    from tilewright.driver.options import CompileOptions
+
+compiled_graphs: "weakref.WeakSet[CompiledGraph]" = weakref.WeakSet()
+"""What this backend has compiled and dynamo still holds; each has ``stats``, ``records`` and ``graph``."""
 
 
 def compile_fx_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -23,7 +31,6 @@ def compile_fx_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: 
     Returns:
         A callable that takes the graph's flat inputs and returns its flat outputs.
     """
-    from tilewright.driver.compile import compile_graph
     from tilewright.driver.options import CompileOptions
     from tilewright.errors import CaptureError
     from tilewright.ir.graph import info
@@ -36,7 +43,7 @@ def compile_fx_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: 
         return gm.forward  # type: ignore[no-any-return]
     settings = CompileOptions(**options)
     build = info(graph).output.build
-    known = {tuple(id(example_inputs[i]) for i in weights): compile_graph(graph, settings)}
+    known = {tuple(id(example_inputs[i]) for i in weights): _compile(graph, settings)}
     kept = [example_inputs[i] for i in weights]  # so that no id is used again
 
     def run(*args: Any) -> Any:
@@ -44,8 +51,16 @@ def compile_fx_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: 
         if key not in known:
             # dynamo runs one graph for several modules of equal structure; a program holds the weights of one.
             kept.extend(args[i] for i in weights)
-            known[key] = compile_graph(from_dynamo(gm, args)[0], settings)
+            known[key] = _compile(from_dynamo(gm, args)[0], settings)
         with torch.no_grad():
             return build(known[key](*(args[i].contiguous() for i in inputs)))
 
     return run
+
+
+def _compile(graph: GraphModule, options: "CompileOptions") -> "CompiledGraph":
+    from tilewright.driver.compile import compile_graph
+
+    compiled = compile_graph(graph, options)
+    compiled_graphs.add(compiled)
+    return compiled

@@ -85,17 +85,16 @@ def test_masks_of_other_dtypes(bert: torch.nn.Module, compiled: tilewright.Compi
 
 
 def test_a_mask_that_is_not_a_padding_mask(bert: torch.nn.Module, compiled: tilewright.CompiledModel) -> None:
-    per_query = torch.ones(3, 1, LENGTH, LENGTH).tril()
+    allowed = torch.rand(3, 1, LENGTH, LENGTH) < 0.6
+    allowed |= torch.eye(LENGTH, dtype=torch.bool)
+    tokens = ids()
     with torch.no_grad():
-        expected = bert(ids(), attention_mask=torch.zeros(3, 1, LENGTH, LENGTH)).last_hidden_state
-    try:
-        ours = compiled(ids(), attention_mask=per_query)
-    except InputError as error:
-        full_message(error)
-    else:
-        assert ours.last_hidden_state.shape == expected.shape
-        assert compiled.stats.fallbacks > 0
-        assert compiled.reasons
+        expected = bert(tokens, attention_mask=allowed).last_hidden_state
+    before = compiled.stats
+    ours = compiled(tokens, attention_mask=allowed).last_hidden_state
+    torch.testing.assert_close(ours, expected, atol=1e-3, rtol=1e-3)
+    after = compiled.stats
+    assert after.fallbacks > before.fallbacks or after.rows_computed - before.rows_computed in (0, 3 * LENGTH)
 
 
 def test_non_contiguous_inputs(bert: torch.nn.Module, compiled: tilewright.CompiledModel) -> None:

@@ -14,7 +14,7 @@ def describe() -> dict[str, dict[str, Any]]:
     """Sections of plain values."""
     import torch
 
-    from tilewright.codegen.cpu.store import cache_root
+    from tilewright.codegen.cpu import store
     from tilewright.codegen.cpu.target import CpuTarget
 
     target = CpuTarget.native()
@@ -35,4 +35,10 @@ def describe() -> dict[str, dict[str, Any]]:
     }
     gpu = {"cuda": torch.cuda.is_available()}
     values = {f"{s.name} ({s.env})": str(settings.get(s.name)) for s in settings.TABLE}
-    return {"versions": versions, "cpu": cpu, "gpu": gpu, "settings": values, "cache": {"folder": str(cache_root())}}
+    return {
+        "versions": versions,
+        "cpu": cpu,
+        "gpu": gpu,
+        "settings": values,
+        "cache": {"folder": str(store.directory())},
+    }

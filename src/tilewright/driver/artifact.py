@@ -26,7 +26,7 @@ from tilewright.driver.options import CompileOptions
 from tilewright.errors import ArtifactError, InputError
 from tilewright.ir.graph import info
 from tilewright.ir.serialize import graph_from_json, graph_to_json
-from tilewright.models.inputs import CallSignature
+from tilewright.models.inputs import CallSignature, name_arguments
 from tilewright.runtime.stats import Stats
 
 MANIFEST = "manifest.json"
@@ -120,11 +120,18 @@ class LoadedModel(CompiledModel):
             compiled = CompiledGraph(gm, (), spec, load(spec, stats), stats)
             self._variants[CallSignature.from_json(data["signature"])] = Variant(compiled, info(gm))
 
-    def _compile(self, signature: CallSignature, example: Any) -> Variant:
-        known = "; ".join(map(str, self._variants))
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
+        for signature, variant in self._variants.items():
+            given = {k: v for k, v in name_arguments(signature.parameters, args, kwargs).items() if v is not None}
+            tensors = {name for name, value in given.items() if isinstance(value, torch.Tensor)}
+            statics = {name: value for name, value in given.items() if name not in tensors}
+            known = {argument.name for argument in signature.tensors}
+            optional = {spec.name for spec in variant.info.inputs if spec.default} if variant.info else set()
+            if tensors <= known <= tensors | optional and statics.items() <= dict(signature.statics).items():
+                return signature
         raise InputError(
             "the saved model was not compiled for this call",
-            why=f"asked: {signature}; compiled: {known}",
+            why=f"it was compiled for: {'; '.join(map(str, self._variants))}",
             hint="call it with the same arguments as when it was compiled, or compile the model again",
         )
 

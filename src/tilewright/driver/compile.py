@@ -21,7 +21,7 @@ from tilewright.runtime.program import Program
 from tilewright.runtime.stats import Stats
 
 
-@dataclass
+@dataclass(eq=False)
 class CompiledGraph:
     """One graph, compiled.
 

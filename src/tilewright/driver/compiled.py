@@ -102,7 +102,7 @@ class CompiledModel:
         Raises:
             InputError: an argument does not fit: rank, shape of the mask, ids out of the vocabulary, too long.
         """
-        signature = signature_of(self.model, args, kwargs)
+        signature = self._signature(args, kwargs)
         variant = self._variants.get(signature) or self._variant(signature, (args, kwargs))
         if variant.compiled is None or variant.info is None:
             return self._run_eager(args, kwargs)
@@ -116,6 +116,9 @@ class CompiledModel:
         for variant in self.variants.values():
             if variant.compiled is not None and variant.info is not None:
                 variant.compiled(*example_inputs(variant.info))
+
+    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
+        return signature_of(self.model, args, kwargs)
 
     def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._fallbacks.calls += 1

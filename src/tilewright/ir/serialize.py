@@ -168,6 +168,9 @@ def _decode(value: Any, nodes: dict[str, Node] | None = None) -> Any:
     if not isinstance(value, dict):
         return value
     match value:
+        case {"record": name}:
+            cls = InputSpec if name == "InputSpec" else _RECORDS[name]
+            return cls(**{key: _decode(item, nodes) for key, item in value.items() if key != "record"})
         case {"float": text}:
             return float(text)
         case {"node": name}:
@@ -184,9 +187,6 @@ def _decode(value: Any, nodes: dict[str, Node] | None = None) -> Any:
             return [_decode(item, nodes) for item in items]
         case {"tuple": items}:
             return tuple(_decode(item, nodes) for item in items)
-        case {"record": name}:
-            cls = InputSpec if name == "InputSpec" else _RECORDS[name]
-            return cls(**{key: _decode(item, nodes) for key, item in value.items() if key != "record"})
     raise ValueError(f"unknown encoding {value!r}")
 
 

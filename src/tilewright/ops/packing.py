@@ -29,13 +29,13 @@ def pack_index_reference(valid: Tensor, keep_first: bool) -> tuple[Tensor, Tenso
     kept = real.clone()
     if keep_first:
         kept[:, 0] = True
-    length = valid.shape[1]
+    columns = torch.arange(valid.shape[1], dtype=torch.int32, device=valid.device).expand(valid.shape).reshape(-1)
     row_index = torch.nonzero(kept.reshape(-1)).reshape(-1)
     zero = torch.zeros(1, dtype=torch.int32, device=valid.device)
     cu_seqlens = torch.cat((zero, kept.sum(dim=1).cumsum(0).to(torch.int32)))
     seqlens_k = real.sum(dim=1).to(torch.int32)
     key_start = cu_seqlens[:-1] + (kept.sum(dim=1) - real.sum(dim=1)).to(torch.int32)
-    return row_index.to(torch.int32), (row_index % length).to(torch.int32), cu_seqlens, key_start, seqlens_k
+    return row_index.to(torch.int32), columns[row_index], cu_seqlens, key_start, seqlens_k
 
 
 pack_index = torch.library.custom_op("tilewright::pack_index", pack_index_reference, mutates_args=())
