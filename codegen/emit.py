@@ -21,7 +21,7 @@ def emit_region(
     Args:
         call: the region and its views.
         builder: the program; takes scratch values and weight layouts.
-        variant: for a GEMM region "triton", "triton_few" or "vendor"; else ignored.
+        variant: for a GEMM region "triton", "triton_few", "triton_many" or "vendor"; else ignored.
 
     Raises:
         CodegenError: no kernel can be made; the message names the node and the reason.

@@ -59,7 +59,7 @@ def emit_index(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, .
     for node, view in call.results():
         if node.target is not operator.getitem or node.args[0] is not anchor:
             raise CodegenError("a result of an index region is not one of pack_index", where=where(node))
-        views[_RESULTS[int(node.args[1])]] = view  # type: ignore[call-overload]
+        views[_RESULTS[int(node.args[1])]] = view
     sizes = {"row_index": batch * length, "slots": batch * length, "cu_seqlens": batch + 1}
     for name in _RESULTS:
         if name not in views:

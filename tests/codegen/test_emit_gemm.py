@@ -46,7 +46,7 @@ def check(body: Body, rows: int, variant: str, tolerance: float, stored: bool = 
     assert_matches(gm, tensors, {TOKENS: rows}, tolerance, anchor=Anchor.GEMM, variant=variant, weights=weights)
 
 
-@pytest.mark.parametrize("variant", ["triton", "triton_few", "vendor"])
+@pytest.mark.parametrize("variant", ["triton", "triton_few", "triton_many", "vendor"])
 @pytest.mark.parametrize("epilogue", ["", "gelu", "residual", "heads"])
 @pytest.mark.parametrize(("rows", "n", "k"), [(70, 128, 128), (5, 100, 70), (1, 2, 3)])
 def test_epilogues_and_tails(rows: int, n: int, k: int, epilogue: str, variant: str) -> None:
@@ -97,6 +97,22 @@ def test_results_beside_the_product() -> None:
     for variant in ("triton", "vendor"):
         weights = {2: tensors[2]}
         assert_matches(gm, tensors, {TOKENS: 7}, 2e-6, anchor=Anchor.GEMM, variant=variant, weights=weights)
+
+
+def test_all_variants_read_one_layout_of_a_weight() -> None:
+    tensors = operands(linear_body(100, 96, torch.float32), 4)
+    layouts = set()
+    for variant in ("triton", "triton_few", "triton_many"):
+        body = linear_body(100, 96, torch.float32)
+        _, builder, _ = emit(body.module(body.last), Anchor.GEMM, variant, weights={1: tensors[1], 2: tensors[2]})  # type: ignore[attr-defined]
+        layouts |= {weight.layout for weight in builder.weights.values()}
+    assert layouts == {"as_is", "panels:64"}
+
+
+def test_an_unknown_variant_is_refused() -> None:
+    body = linear_body(100, 96, torch.float32)
+    with pytest.raises(CodegenError, match="no GEMM variant 'fast'"):
+        emit(body.module(body.last), Anchor.GEMM, "fast")  # type: ignore[attr-defined]
 
 
 def test_an_epilogue_that_needs_other_tiles_is_refused() -> None:
