@@ -14,13 +14,13 @@ import torch
 from torch.fx import Node
 
 from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.columns import define_columns, next_power_of_2
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index, constant, linear, reshape, same_count, variable
 from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments, compute_dtype, literal, size_of
-from tilewright.codegen.reductions import define_columns, next_power_of_2
 from tilewright.codegen.region_call import Inputs, RegionCall
 from tilewright.codegen.results import depends_on, needed_nodes, peel, store
 from tilewright.codegen.views import broadcast

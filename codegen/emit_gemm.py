@@ -12,12 +12,12 @@ import torch
 from torch.fx import Node
 
 from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.columns import define_columns
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index, linear, reshape, same_count, unravel
 from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments, compute_dtype
-from tilewright.codegen.reductions import define_columns
 from tilewright.codegen.region_call import Inputs, RegionCall
 from tilewright.codegen.results import Result, depends_on, needed_nodes, peel, store
 from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register, Var

@@ -11,11 +11,11 @@ import torch
 from torch.fx import Node
 
 from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.columns import define_columns
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index
 from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments
-from tilewright.codegen.reductions import define_columns
 from tilewright.codegen.region_call import RegionCall
 from tilewright.codegen.results import needed_nodes
 from tilewright.codegen.writer import KernelWriter, Var

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-from tilewright.codegen.evaluate import Evaluator
-from tilewright.codegen.index import Index, constant, linear, same_size, unravel, variable
-from tilewright.codegen.kernel_text import finish
-from tilewright.codegen.nodes import arguments, op_name
-from tilewright.codegen.reductions import (
+from tilewright.codegen.columns import (
     ColumnConflict,
     column_block,
     columns_in_registers,
@@ -22,6 +18,10 @@ from tilewright.codegen.reductions import (
     define_columns,
     next_power_of_2,
 )
+from tilewright.codegen.evaluate import Evaluator
+from tilewright.codegen.index import Index, constant, linear, same_size, unravel, variable
+from tilewright.codegen.kernel_text import finish
+from tilewright.codegen.nodes import arguments, op_name
 from tilewright.codegen.region_call import Inputs
 from tilewright.codegen.results import Result, needed_nodes, peel, store
 from tilewright.codegen.scatter import open_scatter, store_scattered

@@ -69,15 +69,9 @@ def finish(
     )
     args = tuple(argument for _, _, argument in params)
     written = {view.value for view in writes}
-    touched = {argument.view.value for argument in args if isinstance(argument, Pointer)}
-    return KernelStep(
-        kernel=source,
-        args=args,
-        grid=grid,
-        reads=tuple(sorted(touched - written)),
-        writes=tuple(sorted(written)),
-        origin=tuple(node.name for node in nodes),
-    )
+    read = {argument.view.value for argument in args if isinstance(argument, Pointer)} - written
+    origin = tuple(node.name for node in nodes)
+    return KernelStep(source, args, grid, tuple(sorted(read)), tuple(sorted(written)), origin)
 
 
 def _signature(function: str, names: list[str]) -> list[str]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from tilewright.codegen.index import Index, unravel, variable
+from tilewright.codegen.columns import (
+    ColumnConflict,
+    column_block,
+    columns_in_registers,
+    columns_name,
+    define_columns,
+)
+from tilewright.codegen.index import Index, unravel
 from tilewright.codegen.nodes import arguments, compute_dtype, literal, op_name
 from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register, Var
 from tilewright.errors import CodegenError
@@ -23,64 +30,10 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-_REDUCE = {"sum": "tl.sum", "max": "tl.max", "min": "tl.min", "any": "tl.max", "all": "tl.min"}
+_REDUCE = {"sum": "tl.sum", "max": "tl.max", "min": "tl.min"}
 _COMBINE = {"sum": "{0} + {1}", "max": "tl.maximum({0}, {1})", "min": "tl.minimum({0}, {1})"}
 
 Make = Callable[[Index], Register]
-
-
-class ColumnConflict(CodegenError):
-    """A reduction would need a third axis: its place already varies along the columns of the tile."""
-
-
-def next_power_of_2(size: int) -> int:
-    """The least power of two that is at least ``size``."""
-    return 1 << max(size - 1, 0).bit_length()
-
-
-def column_block(writer: KernelWriter, size: Size) -> tuple[int, bool]:
-    """Columns of a tile for an axis of ``size``, and whether a loop is needed to cover it."""
-    if isinstance(size, int) and size <= writer.register_columns:
-        return next_power_of_2(size), False
-    return (min(writer.loop_columns, next_power_of_2(size)) if isinstance(size, int) else writer.loop_columns), True
-
-
-def define_columns(
-    writer: KernelWriter, name: str, size: Size, block: int, start: str | None = None, masked: bool = True
-) -> Index:
-    """Defines the column variable of an axis in the innermost scope: a vector of ``block`` places from ``start``.
-
-    Without ``masked`` the caller promises that no place is past the end.
-    """
-    constant = f"BLOCK_{name.upper()}"
-    writer.constants[constant] = block
-    places = f"tl.arange(0, {constant})" + ("[None, :]" if writer.rank == 2 else "")
-    writer.statement(f"{name} = {places if start is None else f'{start} + {places}'}")
-    full = isinstance(size, int) and size % block == 0
-    mask = None if full or not masked else f"{name}_mask"
-    if mask:
-        # Places that start in 64 bits are those of a tensor seen as one row, of which there may be that many.
-        end = writer.wide_size(size) if start and "int64" in start else writer.size(size)
-        writer.statement(f"{mask} = {name} < {end}")
-    return writer.define(Var(name, size, writer.rank - 1, constant, mask))
-
-
-def columns_name(writer: KernelWriter, size: Size) -> str:
-    """Name of the column variable for an axis size: ``cols``, and ``cols_2`` and so on for further sizes."""
-    names = writer.column_names
-    if size not in names:
-        names[size] = "cols" if not names else f"cols_{len(names) + 1}"
-    return names[size]
-
-
-def columns_in_registers(writer: KernelWriter, size: Size) -> Index:
-    """The column variable of an axis that fits a tile, defined at the start of the rows' scope."""
-    name = columns_name(writer, size)
-    var = writer.variables.get(name)
-    if var is None:
-        with writer.detached(writer.row_deps):
-            return define_columns(writer, name, size, column_block(writer, size)[0])
-    return variable(name, size)
 
 
 def reduce_columns(
@@ -201,7 +154,7 @@ def _reduction(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Registe
     outer = [next(left) if axis not in axes or keep else Index() for axis in range(len(shape))]
     reduced = [shape[axis] for axis in axes]
     kind = {"mean": "sum"}.get(traits.reduce or "", traits.reduce or "")
-    if kind in ("any", "all"):
+    if kind not in _REDUCE:
         raise CodegenError(f"op {node.target} has no kernel", where=where(node))
 
     def make(place: Index) -> Register:
@@ -211,18 +164,31 @@ def _reduction(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Registe
         return ev.number(source, tuple(full), dtype)
 
     deps = _deps(tuple(outer[axis] for axis in range(len(shape)) if axis not in axes))
-    size = product(reduced)
-    hint = traits.reduce or "sum"
-    writer = ev.writer
-    if writer.rank - 1 in writer.axes(deps):
-        if not writer.loop_places:
-            raise ColumnConflict("the reduced axis is not the last", where=where(node))
-        result = reduce_places(writer, size, make, kind, deps, hint)
-    else:
-        result = reduce_columns(writer, size, make, kind, deps, hint, (node, tuple(outer)))
+    size, writer = product(reduced), ev.writer
+    if writer.rank - 1 in writer.axes(deps) and not writer.loop_places:
+        raise ColumnConflict("the reduced axis is not the last", where=where(node))
+
+    def reduce(part: Make, how: str, hint: str) -> Register:
+        if writer.rank - 1 in writer.axes(deps):
+            return reduce_places(writer, size, part, how, deps, hint)
+        return reduce_columns(writer, size, part, how, deps, hint, (node, hint, tuple(outer)))
+
+    result = reduce(make, kind, traits.reduce or kind)
     if traits.reduce == "mean":
         return Register(writer.emit("mean", f"{result.text} / {writer.size(size)}", deps), dtype, deps)
-    return result
+    if kind == "sum" or not dtype.is_floating_point:
+        return result
+
+    def is_nan(place: Index) -> Register:
+        value = make(place)
+        return Register(
+            writer.emit("nan", f"({value.text} != {value.text}).to(tl.int32)", value.deps), torch.int32, value.deps
+        )
+
+    # tl.max and tl.min pass over NaN, where torch returns it.
+    nans = reduce(is_nan, "sum", "nans")
+    text = writer.emit(f"{kind}_or_nan", f'tl.where({nans.text} > 0, float("nan"), {result.text})', deps)
+    return Register(text, dtype, deps)
 
 
 def _norm_parts(

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch.fx import Node
 
+from tilewright.codegen.columns import column_block, columns_name, define_columns
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index, constant, linear, variable
 from tilewright.codegen.nodes import arguments
-from tilewright.codegen.reductions import column_block, columns_name, define_columns
 from tilewright.codegen.writer import Register, Var
 from tilewright.errors import CodegenError
 from tilewright.ir.facts import TensorType, fact, where

@@ -133,6 +133,18 @@ def test_reductions_over_any_axes() -> None:
     assert_matches(body.module(*outputs), [torch.randn(3, 9, 40)], {BATCH: 3, SEQ: 9}, 1e-6)
 
 
+@pytest.mark.parametrize("axes", [[-1], [0]], ids=str)
+@pytest.mark.parametrize("op", [aten.amax.default, aten.amin.default], ids=str)
+def test_extremes_return_nan_where_there_is_one(op: object, axes: list[int]) -> None:
+    body = Body()
+    x = body.input((TOKENS, 40))
+    gm = body.module(body.call(op, x, axes))
+    rows = torch.randn(5, 40)
+    rows[2, 7] = float("nan")
+    rows[4, 3], rows[1, 1] = float("inf"), float("-inf")
+    assert_matches(gm, [rows], {TOKENS: 5}, 1e-6)
+
+
 def test_views_are_arithmetic() -> None:
     body = Body()
     x, y = body.input((TOKENS, 64)), body.input((TOKENS, 32))
