@@ -28,9 +28,8 @@ _SAME_VALUES = {
 def vocabularies(gm: GraphModule) -> dict[str, int]:
     """Exclusive upper bound of each integer input that indexes embedding tables, by input name."""
     found: dict[str, int] = {}
-    for node in _embeddings(gm):
-        rows = fact(node.args[0], TensorType).shape[0]
-        source = node.args[1]
+    for table, source in _embeddings(gm):
+        rows = fact(table, TensorType).shape[0]
         while isinstance(source, Node) and _name(source) in _SAME_VALUES and _name(source) != "gather.default":
             source = source.args[0]
         if isinstance(source, Node) and source.op == "placeholder" and isinstance(rows, int):
@@ -48,15 +47,13 @@ def find_bounds(gm: GraphModule, ranges: Mapping[sympy.Symbol, int]) -> dict[sym
     limits: list[tuple[int, str]] = []
     if SEQ in ranges:
         limits.append((ranges[SEQ], f"a table of the model has {ranges[SEQ]} entries along the length"))
-    for node in _embeddings(gm):
-        rows = fact(node.args[0], TensorType).shape[0]
-        highest = greatest(gm, node.args[1], {})
+    for table, positions in _embeddings(gm):
+        rows = fact(table, TensorType).shape[0]
+        highest = greatest(gm, positions, {})
         if isinstance(rows, int) and isinstance(highest, sympy.Expr) and highest.free_symbols == {SEQ}:
             slope = sympy.diff(highest, SEQ)
             if slope == 1:
-                limits.append(
-                    (int(rows - 1 - (highest - SEQ)), f"position table '{node.args[0].target}' has {rows} rows")
-                )
+                limits.append((int(rows - 1 - (highest - SEQ)), f"position table '{table.target}' has {rows} rows"))
     if not limits:
         return {}
     high, reason = min(limits)
@@ -84,8 +81,9 @@ def _greatest(gm: GraphModule, node: Node, known: dict[Node, Size | None]) -> Si
     if kind == torch.bool:
         return 1
     name = _name(node)
-    args = [greatest(gm, a, known) for a in node.args[:3]] if node.op == "call_function" else []
-    if name == "slice.Tensor" and node.args[0].op == "get_attr":
+    given: Any = node.args
+    args: list[Any] = [greatest(gm, a, known) for a in node.args[:3]] if node.op == "call_function" else []
+    if name == "slice.Tensor" and given[0].op == "get_attr":
         return _greatest_of_slice(gm, node, args)
     if name in _SAME_VALUES:
         return args[0]
@@ -98,7 +96,7 @@ def _greatest(gm: GraphModule, node: Node, known: dict[Node, Size | None]) -> Si
         # Positions times a 0/1 mask: the greatest position stays.
         return args[0] if args[1] == 1 else args[1] if args[0] == 1 else None
     if name == "cumsum.default" and args[0] is not None:
-        return args[0] * fact(node, TensorType).shape[node.args[1]]
+        return args[0] * fact(node, TensorType).shape[given[1]]
     return None
 
 
@@ -120,9 +118,10 @@ def _greatest_of_slice(gm: GraphModule, node: Node, args: list[Size | None]) -> 
     return args[0]
 
 
-def _embeddings(gm: GraphModule) -> list[Node]:
-    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is aten.embedding.default]
-    return [n for n in nodes if isinstance(n.args[0], Node) and n.args[0].op == "get_attr"]
+def _embeddings(gm: GraphModule) -> list[tuple[Node, Any]]:
+    """(table, indices) of each lookup in a constant table."""
+    nodes = gm.graph.find_nodes(op="call_function", target=aten.embedding.default)
+    return [n.args[:2] for n in nodes if isinstance(n.args[0], Node) and n.args[0].op == "get_attr"]
 
 
 def _name(node: Node) -> str:

@@ -49,7 +49,7 @@ def from_dynamo(gm: GraphModule, example_inputs: Sequence[Any]) -> tuple[GraphMo
     """
     places = list(gm.graph.find_nodes(op="placeholder"))
     values = [_value(node, example) for node, example in zip(places, example_inputs, strict=True)]
-    env = next((v.fake_mode.shape_env for v in values if hasattr(v, "fake_mode")), None)  # type: ignore[union-attr]
+    env = next((v.fake_mode.shape_env for v in values if hasattr(v, "fake_mode")), None)
     _specialize_numbers(env)
     weights = [i for i, (n, e) in enumerate(zip(places, example_inputs, strict=True)) if _is_weight(n, e)]
     traced = _trace(gm, values)

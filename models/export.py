@@ -73,7 +73,7 @@ def run_export(
     """
     if set(kwargs) - set(inspect.signature(model.forward).parameters):
         model, kwargs = WithStatics(model, kwargs), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
-    shapes = torch.export.ShapesCollection()
+    shapes: Any = torch.export.ShapesCollection()
     for tensor in (*args, *kwargs.values()):
         if isinstance(tensor, Tensor):
             shapes[tensor] = dict.fromkeys(dynamic.get(id(tensor), ()), torch.export.Dim.AUTO)
@@ -219,7 +219,11 @@ def copy_body(source: GraphModule, graph: Graph, env: dict[Node, Any], tensors: 
             inner = args[body]
             places = inner.graph.find_nodes(op="placeholder")
             env[node] = copy_body(inner, graph, dict(zip(places, args[body + 1 :], strict=True)), tensors)
-        elif node.op == "call_function" and isinstance(env.get(node.args[0] if node.args else None), list):
+        elif (
+            node.op == "call_function"
+            and node.args
+            and isinstance(env.get(node.all_input_nodes[0]) if node.all_input_nodes else None, list)
+        ):
             env[node] = env[node.args[0]][node.args[1]]
         elif node.op == "call_function":
             env[node] = graph.node_copy(node, lambda n: env[n])

@@ -112,7 +112,7 @@ def make_mask(
     plain = isinstance(q_offset, int) and isinstance(kv_offset, int) and q_offset == 0 and kv_offset == 0
     if pattern is None or not plain or not _active:
         kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        full: Tensor = masking_utils.sdpa_mask(
+        full = masking_utils.sdpa_mask(
             batch_size=batch_size,
             q_length=q_length,
             kv_length=kv_length,
@@ -122,6 +122,7 @@ def make_mask(
             attention_mask=attention_mask,
             **kwargs,
         )
+        assert full is not None  # skipping was switched off
         return full
     if attention_mask is None:
         valid = torch.ones((batch_size, kv_length), dtype=torch.bool, device=kwargs.get("device"))
@@ -202,7 +203,7 @@ AttentionMaskInterface.register(NAME, make_mask)
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration object that some module of the model reads, sub-configurations included."""
     found: dict[int, Any] = {}
-    pending = [module.config for module in model.modules() if hasattr(module, "config")]
+    pending: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     while pending:
         config = pending.pop()
         if config is None or id(config) in found or not hasattr(config, "__dict__"):

@@ -107,7 +107,7 @@ def implied_inputs(model: Any) -> tuple[tuple[str, str], ...]:
         return ()
     names = forward_parameters(model).names
     implied = [("attention_mask", "ones")] if "attention_mask" in names else []
-    if "token_type_ids" in names and getattr(config, "type_vocab_size", 0):
+    if "token_type_ids" in names and getattr(config, "type_vocab_size", None):
         implied.append(("token_type_ids", "zeros"))
     return tuple(implied)
 

@@ -59,7 +59,7 @@ class Unknown(Exception):
     """An op this module does not follow; the message names it."""
 
 
-_NAMES = {
+_NAMES: dict[Any, str] = {
     aten.bitwise_and.Tensor: "and", aten.logical_and.default: "and", aten.bitwise_or.Tensor: "or",
     aten.logical_or.default: "or", aten.logical_not.default: "not", aten.bitwise_not.default: "not",
     aten.eq.Tensor: "eq", aten.eq.Scalar: "eq", aten.ne.Tensor: "ne", aten.ne.Scalar: "ne", aten.lt.Tensor: "lt",

@@ -46,7 +46,7 @@ class NormalizePointwise(Pass):
         return PassResult(gm, bool(rw.changes or dead), {"pointwise": rw.changes})
 
 
-_RENAMED = {
+_RENAMED: dict[Any, Any] = {
     aten.add.Scalar: aten.add.Tensor,
     aten.sub.Scalar: aten.sub.Tensor,
     aten.mul.Scalar: aten.mul.Tensor,
@@ -94,13 +94,13 @@ def _number(rw: Rewriter, node: Node, arg: Any) -> Any:
         return arg
     tensor = get_tensor(rw.gm, arg)
     others = [a for a in node.args if isinstance(a, Node) and a is not arg and rank_of(a) > 0]
-    same = others and dtype_of(others[0]) == dtype_of(node) and arg is not node.args[0]
+    same = others and dtype_of(others[0]) == dtype_of(node) and arg is not operand(node)
     return tensor.item() if same and not isinstance(tensor, torch.nn.Parameter) else arg
 
 
 def _neutral(node: Node) -> Node | None:
     """x + 0, x - 0, x * 1 and x / 1 of the same dtype are x."""
-    first, second = node.args[0], node.args[1]
+    first, second = operand(node), operand(node, 1)
     if not isinstance(first, Node) or isinstance(second, Node | bool):
         return None
     unit = 0 if node.target in (aten.add.Tensor, aten.sub.Tensor) else 1
@@ -110,7 +110,7 @@ def _neutral(node: Node) -> Node | None:
 @_rule(aten.rsub.Scalar, aten.rsub.Tensor)
 def _rsub(rw: Rewriter, node: Node) -> Node | None:
     """other - alpha * x, written other + (-x), which rounds the same."""
-    first, second = node.args[0], node.args[1]
+    first, second = operand(node), operand(node, 1)
     alpha = argument(node, 2, "alpha", 1)
     scaled = first if alpha == 1 else rw.call(node, aten.mul.Tensor, first, alpha)
     negative = rw.call(node, aten.neg.default, scaled)
@@ -119,7 +119,7 @@ def _rsub(rw: Rewriter, node: Node) -> Node | None:
 
 @_rule(aten.square.default)
 def _square(rw: Rewriter, node: Node) -> Node | None:
-    return rw.call(node, aten.pow.Tensor_Scalar, node.args[0], 2, type=fact(node, TensorType))
+    return rw.call(node, aten.pow.Tensor_Scalar, operand(node), 2, type=fact(node, TensorType))
 
 
 @_rule(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
@@ -142,9 +142,9 @@ def _scalar(rw: Rewriter, node: Node, value: Any) -> Node:
 
 @_rule(aten.masked_fill.Tensor)
 def _masked_fill(rw: Rewriter, node: Node) -> Node | None:
-    value = _number(rw, node, node.args[2])
+    value = _number(rw, node, operand(node, 2))
     if isinstance(value, Node):
-        return rw.call(node, aten.where.self, node.args[1], value, node.args[0], type=fact(node, TensorType))
+        return rw.call(node, aten.where.self, operand(node, 1), value, operand(node), type=fact(node, TensorType))
     return rw.call(node, aten.masked_fill.Scalar, *node.args[:2], value, type=fact(node, TensorType))
 
 
@@ -154,7 +154,7 @@ def _addc(rw: Rewriter, node: Node) -> Node | None:
     part = rw.call(node, inner, *node.args[1:3])
     value = argument(node, 3, "value", 1)
     part = part if value == 1 else rw.call(node, aten.mul.Tensor, part, value)
-    return rw.call(node, aten.add.Tensor, node.args[0], part, type=fact(node, TensorType))
+    return rw.call(node, aten.add.Tensor, operand(node), part, type=fact(node, TensorType))
 
 
 @_rule(
@@ -164,7 +164,7 @@ def _addc(rw: Rewriter, node: Node) -> Node | None:
 def _convert(rw: Rewriter, node: Node) -> Node | None:
     """A dtype change is one op; a move to another device is none of ours and stays."""
     source = operand(node)
-    device = node.kwargs.get("device", node.args[1] if node.target is aten.to.device else None)
+    device: Any = node.kwargs.get("device", operand(node, 1) if node.target is aten.to.device else None)
     if device is not None and torch.device(device) != _device(rw, source):
         return None
     dtype = dtype_of(node)
@@ -183,7 +183,7 @@ def _device(rw: Rewriter, node: Node) -> torch.device:
 def _softmax(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)
     rank = rank_of(source)
-    axis = int(node.args[1]) % rank
+    axis = int(operand(node, 1)) % rank
     axis = -1 if axis == rank - 1 else axis
     wanted = dtype_of(node)
     if is_call(node, aten.softmax.int) and node.args == (source, axis) and not node.kwargs:
@@ -220,7 +220,8 @@ def _cumsum(rw: Rewriter, node: Node) -> Node | None:
 
 @_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _arange(rw: Rewriter, node: Node) -> Node | None:
-    start, end, step = 0, node.args[0], 1
+    start: Any = 0
+    end, step = operand(node), 1
     if node.target is not aten.arange.default:
         start, end = node.args[:2]
         step = argument(node, 2, "step", 1)
@@ -230,7 +231,7 @@ def _arange(rw: Rewriter, node: Node) -> Node | None:
     return rw.call(node, aten.arange.start_step, start, end, step, type=fact(node, TensorType), **kwargs)
 
 
-_FILLED = {
+_FILLED: dict[Any, Any] = {
     aten.zeros.default: 0, aten.ones.default: 1, aten.zeros_like.default: 0, aten.ones_like.default: 1,
     aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.full_like.default: None, aten.new_full.default: None,
     aten.scalar_tensor.default: None, aten.full.default: None,
@@ -240,16 +241,16 @@ _FILLED = {
 @_rule(*_FILLED)
 def _full(rw: Rewriter, node: Node) -> Node | None:
     type_ = fact(node, TensorType)
-    value = _FILLED[node.target]
+    value: Any = _FILLED[node.target]
     match node.target:
         case aten.full_like.default:
-            value = node.args[1]
+            value = operand(node, 1)
         case aten.full.default:
-            value = node.args[1]
+            value = operand(node, 1)
         case aten.new_full.default:
-            value = node.args[2]
+            value = operand(node, 2)
         case aten.scalar_tensor.default:
-            value = node.args[0]
+            value = operand(node)
     if isinstance(value, Node):
         return None
     if type_.dtype.is_floating_point or type_.dtype == torch.bool:

@@ -61,7 +61,7 @@ def _identity(rw: Rewriter, node: Node) -> Node | None:
 
 @_rule(aten.dropout.default, aten.native_dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 def _dropout(rw: Rewriter, node: Node) -> Node | None:
-    return operand(node) if node.args[2] is False or node.args[1] == 0 else None
+    return operand(node) if operand(node, 2) is False or operand(node, 1) == 0 else None
 
 
 @_rule(
@@ -75,7 +75,9 @@ def _reshape(rw: Rewriter, node: Node) -> Node | None:
     type_ = fact(node, TensorType)
     if type_.shape == shape_of(source):
         return source
-    given = node.args[1] if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) else []
+    given = (
+        operand(node, 1) if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default) else []
+    )
     sizes = _size_arguments(rw, node, type_.shape, list(given), source)
     if is_call(node, aten.reshape.default) and node.args == (source, sizes):
         return None
@@ -120,15 +122,16 @@ def _permute(rw: Rewriter, node: Node) -> Node | None:
 def _order(node: Node, rank: int) -> list[int]:
     """The permutation: axis i of the result is axis order[i] of the operand, read off a tensor of sizes that differ."""
     probe = torch.empty(tuple(range(2, rank + 2)), device="meta")
-    moved: torch.Tensor = node.target(probe, *node.args[1:])
+    move: Any = node.target
+    moved: torch.Tensor = move(probe, *node.args[1:])
     return [size - 2 for size in moved.shape]
 
 
 @_rule(aten.unsqueeze.default)
 def _unsqueeze(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)
-    axis = _axis(node.args[1], rank_of(source) + 1)
-    if axis == node.args[1]:
+    axis = _axis(operand(node, 1), rank_of(source) + 1)
+    if axis == operand(node, 1):
         return None
     return rw.call(node, aten.unsqueeze.default, source, axis, type=fact(node, TensorType))
 
@@ -137,12 +140,12 @@ def _unsqueeze(rw: Rewriter, node: Node) -> Node | None:
 def _squeeze(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)
     shape = shape_of(source)
-    wanted = node.args[1] if len(node.args) > 1 else list(range(len(shape)))
+    wanted = operand(node, 1) if len(node.args) > 1 else list(range(len(shape)))
     wanted = [wanted] if isinstance(wanted, int) else wanted
     axes = sorted({_axis(a, len(shape)) for a in wanted if shape[_axis(a, len(shape))] == 1})
     if not axes:
         return source
-    if is_call(node, aten.squeeze.dims) and node.args[1] == axes:
+    if is_call(node, aten.squeeze.dims) and operand(node, 1) == axes:
         return None
     return rw.call(node, aten.squeeze.dims, source, axes, type=fact(node, TensorType))
 
@@ -159,9 +162,9 @@ def _expand(rw: Rewriter, node: Node) -> Node | None:
     else:
         offset = len(type_.shape) - rank_of(source)
         kept = (None,) * offset + shape_of(source)
-        pairs = zip(node.args[1], type_.shape, kept, strict=True)
+        pairs = zip(operand(node, 1), type_.shape, kept, strict=True)
         sizes = [size if isinstance(size, int) else -1 if size == old else arg for arg, size, old in pairs]
-    if is_call(node, aten.expand.default) and node.args[1] == sizes:
+    if is_call(node, aten.expand.default) and operand(node, 1) == sizes:
         return None
     return rw.call(node, aten.expand.default, source, sizes, type=type_)
 
@@ -189,7 +192,7 @@ def _slice(rw: Rewriter, node: Node) -> Node | None:
 @_rule(aten.select.int)
 def _select(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)
-    axis, index = _axis(node.args[1], rank_of(source)), node.args[2]
+    axis, index = _axis(operand(node, 1), rank_of(source)), operand(node, 2)
     size = shape_of(source)[axis]
     if isinstance(size, int) and isinstance(index, int):
         index %= size
@@ -200,7 +203,7 @@ def _select(rw: Rewriter, node: Node) -> Node | None:
 
 @_rule(aten.cat.default)
 def _cat(rw: Rewriter, node: Node) -> Node | None:
-    parts = list(node.args[0])
+    parts = list(operand(node))
     axis = _axis(argument(node, 1, "dim", 0), rank_of(node))
     if len(parts) == 1:
         return parts[0]
@@ -212,7 +215,7 @@ def _cat(rw: Rewriter, node: Node) -> Node | None:
 @_rule(aten.stack.default)
 def _stack(rw: Rewriter, node: Node) -> Node | None:
     axis = _axis(argument(node, 1, "dim", 0), rank_of(node))
-    parts = [rw.call(node, aten.unsqueeze.default, part, axis) for part in node.args[0]]
+    parts = [rw.call(node, aten.unsqueeze.default, part, axis) for part in operand(node)]
     return rw.call(node, aten.cat.default, parts, axis, type=fact(node, TensorType))
 
 
@@ -225,12 +228,12 @@ def _split(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)
     by_one = node.target is aten.unbind.int
     axis = _axis(argument(node, 1 if by_one else 2, "dim", 0), rank_of(source))
-    parts = sorted((user for user in node.users), key=lambda user: user.args[1])
+    parts = sorted(node.users, key=lambda user: operand(user, 1))
     sizes = [] if by_one else _part_sizes(node, axis)
     if sizes is None:
         return None
     for part in parts:
-        index = part.args[1]
+        index = operand(part, 1)
         type_ = fact(part, TensorType)
         if by_one:
             new = rw.call(part, aten.select.int, source, axis, index, type=type_)

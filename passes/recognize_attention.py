@@ -52,8 +52,8 @@ class RecognizeAttention(Pass):
         for node in list(gm.graph.nodes):
             try:
                 if is_call(node, aten.scaled_dot_product_attention.default):
-                    new = _from_sdpa(rw, node)
-                elif is_call(node, aten.softmax.int) and node.args[1] == -1 and rank_of(node) in (3, 4):
+                    new: Node | None = _from_sdpa(rw, node)
+                elif is_call(node, aten.softmax.int) and operand(node, 1) == -1 and rank_of(node) in (3, 4):
                     new = _from_formula(rw, node)
                 else:
                     continue
@@ -72,14 +72,14 @@ class RecognizeAttention(Pass):
 
 def _from_sdpa(rw: Rewriter, node: Node) -> Node:
     """scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, *, scale, enable_gqa)."""
-    query, key, value = node.args[:3]
+    query, key, value = (operand(node, i) for i in range(3))
     mask = argument(node, 3, "attn_mask")
     if argument(node, 4, "dropout_p", 0.0):
         raise _NotAttention("it drops weights at random")
     causal = bool(argument(node, 5, "is_causal", False))
     if causal and shape_of(operand(node, 0))[-2] != shape_of(operand(node, 1))[-2]:
         raise _NotAttention("its causal order aligns the first query with the first key, and their numbers differ")
-    scale = node.kwargs.get("scale")
+    scale: Any = node.kwargs.get("scale")
     scores = _Scores(float(scale if scale is not None else int(shape_of(operand(node))[-1]) ** -0.5))
     if mask is not None:
         scores.biases.append(_additive(rw, node, mask, dtype_of(node)))
@@ -128,14 +128,14 @@ def _find_scores(rw: Rewriter, at: Node, node: Any) -> tuple[_Scores, Node, Node
     while isinstance(node, Node):
         if is_call(node, CONVERT) and dtype_of(node).is_floating_point:
             node = operand(node)
-        elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(node.args[1], int | float):
-            outer *= node.args[1] if node.target is aten.mul.Tensor else 1.0 / node.args[1]
+        elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(operand(node, 1), int | float):
+            outer *= operand(node, 1) if node.target is aten.mul.Tensor else 1.0 / operand(node, 1)
             node = operand(node)
         elif is_call(node, aten.tanh.default) and not scores.softcap and outer > 0:
             # outer * tanh(inner): the op's cap is ``outer``, and its factor stands inside the tanh, divided by the cap.
             scores.softcap, capped_biases = outer, len(scores.biases)
             node = operand(node)
-        elif is_call(node, aten.masked_fill.Scalar) and node.args[2] <= LOWEST:
+        elif is_call(node, aten.masked_fill.Scalar) and operand(node, 2) <= LOWEST:
             # What is blocked stays blocked under any factor, so the factor need not be applied to it.
             scores.biases.append(_blocked(rw, at, operand(node, 1), dtype_of(node)))
             node = operand(node)
@@ -189,9 +189,9 @@ def _take_factor(rw: Rewriter, at: Node, node: Node) -> tuple[Node, float]:
     while is_call(inner, *_MOVES):
         chain.append(inner)
         inner = operand(inner)
-    if not (is_call(inner, aten.mul.Tensor, aten.div.Tensor) and isinstance(inner.args[1], int | float)):
+    if not (is_call(inner, aten.mul.Tensor, aten.div.Tensor) and isinstance(operand(inner, 1), int | float)):
         return node, 1.0
-    factor = inner.args[1] if inner.target is aten.mul.Tensor else 1.0 / inner.args[1]
+    factor = operand(inner, 1) if inner.target is aten.mul.Tensor else 1.0 / operand(inner, 1)
     moved = operand(inner)
     if fact(moved, TensorType) != fact(inner, TensorType):
         return node, 1.0
@@ -237,9 +237,9 @@ def _check(query: Node, key: Node, value: Node) -> None:
 
 def _without_repeat(key: Node, value: Node, query: Node) -> tuple[Node, Node]:
     """Keys and values before their heads were repeated for the query heads, where both were repeated alike."""
-    narrow = [_unrepeated(node) for node in (key, value)]
-    if all(n is not None for n in narrow) and len({shape_of(n)[1] for n in narrow if n is not None}) == 1:
-        return narrow[0], narrow[1]
+    first, second = _unrepeated(key), _unrepeated(value)
+    if first is not None and second is not None and shape_of(first)[1] == shape_of(second)[1]:
+        return first, second
     return key, value
 
 
@@ -251,7 +251,7 @@ def _unrepeated(node: Node) -> Node | None:
         return None
     expanded = operand(node)
     narrow = operand(expanded)
-    if not (is_call(narrow, aten.unsqueeze.default) and narrow.args[1] == 2):
+    if not (is_call(narrow, aten.unsqueeze.default) and operand(narrow, 1) == 2):
         return None
     source = operand(narrow)
     b, h, s, d = shape_of(source)

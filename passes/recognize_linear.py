@@ -91,7 +91,8 @@ def _join_bias(rw: Rewriter, node: Node) -> bool:
     """linear(x, w) + b with a constant b [N] and no other use of the product."""
     if not is_call(node, aten.add.Tensor):
         return False
-    for product, bias in (node.args, node.args[::-1]):
+    first, second = operand(node), operand(node, 1)
+    for product, bias in ((first, second), (second, first)):
         if not (is_call(product, aten.linear.default) and isinstance(bias, Node) and bias.op == "get_attr"):
             continue
         plain = len(product.args) == 2 and len(product.users) == 1

@@ -158,7 +158,7 @@ def _last_axis(found: Bindings) -> bool:
         rest = (*var.args[2:], True, False)
         biased, keep = rest[0] is False, var.kwargs.get("keepdim", rest[1] if len(var.args) > 3 else False)
     axes = [axes] if isinstance(axes, int) else axes
-    return biased and bool(keep) and [a % (last + 1) for a in axes or ()] == [last]
+    return bool(biased and keep) and [a % (last + 1) for a in axes or ()] == [last]
 
 
 def _absorb(rw: Rewriter, node: Node) -> None:

@@ -40,7 +40,7 @@ class RecoverMask(Pass):
         proved: dict[Node, Conjunction] = {}
         counts, reasons = {"recovered": 0, "kept as bias": 0}, {}
         for node in gm.graph.find_nodes(op="call_function", target=ATTENTION):
-            if node.args[4] is None:
+            if operand(node, 4) is None:
                 continue
             kept, why = _recover(rw, elements, node, proved, validities)
             counts["kept as bias" if kept else "recovered"] += 1
@@ -59,7 +59,8 @@ def _recover(
     rw: Rewriter, elements: Elements, node: Node, proved: dict[Node, Conjunction], validities: dict[Any, Node]
 ) -> tuple[bool, str]:
     """Rewrites one attention; returns whether a bias stays and why a part of it did."""
-    query, key, _, valid, bias, sinks, scale, causal, left, right, softcap = node.args
+    args: tuple[Any, ...] = node.args
+    query, key, _, valid, bias, sinks, scale, causal, left, right, softcap = args
     total = Conjunction(left=None if left == -1 else int(left), right=None if right == -1 else int(right))
     if causal:
         total.limit(right=0)

@@ -1,6 +1,6 @@
 """What passes use to change a graph: new nodes get their type and origin where they are made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,9 +31,7 @@ class Rewriter:
         self.changes = 0
         self._constants = 0
 
-    def call(
-        self, like: Node, target: Callable[..., Any], *args: Arg, type: TensorType | None = None, **kwargs: Arg
-    ) -> Node:
+    def call(self, like: Node, target: Any, *args: Arg, type: TensorType | None = None, **kwargs: Arg) -> Node:
         """A new call before ``like``, with the origin of ``like``.
 
         Args:

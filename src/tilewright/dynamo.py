@@ -40,7 +40,7 @@ def compile_fx_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: 
         graph, inputs, weights = from_dynamo(gm, example_inputs)
     except CaptureError as error:
         warnings.warn(f"tilewright runs a graph of torch.compile as it was: {error}", stacklevel=2)
-        return gm.forward  # type: ignore[no-any-return]
+        return gm.forward
     settings = CompileOptions(**options)
     build = info(graph).output.build
     known = {tuple(id(example_inputs[i]) for i in weights): _compile(graph, settings)}

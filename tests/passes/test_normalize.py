@@ -64,7 +64,9 @@ RECOGNIZED: dict[str, tuple[Callable[..., Any], str]] = {
         lambda m, x: x / torch.sqrt((x * x).mean(-1, True) + 1e-6) * (1 + m.weight), "aten.rms_norm.default",
     ),
     "layer": (
-        lambda m, x: (x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias,
+        lambda m, x: (
+            (x - x.mean(-1, True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt() * m.weight + m.bias
+        ),
         "aten.layer_norm.default",
     ),
     "matmul": (lambda m, x: x @ m.matrix, "aten.linear.default"),
