@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
+from tilewright import ops as ops  # registers tilewright::attention
 from tilewright.ir.facts import Reason, TensorType, fact, set_fact
 from tilewright.ir.graph import Level, info, update_info
 from tilewright.passes.base import Pass, PassResult
