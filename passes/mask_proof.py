@@ -10,7 +10,7 @@ from torch.fx import Node
 from tilewright.ir.graph import get_tensor, info
 from tilewright.passes.elements import Apply, Element, Elements, Integer, Load, Number, arithmetic
 from tilewright.passes.recognize_attention import LOWEST
-from tilewright.passes.rewrite import dtype_of, rank_of
+from tilewright.passes.rewrite import dtype_of, rank_of, shape_of
 
 B, H, Q, K = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "k"))
 _NEGATED = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
@@ -248,7 +248,7 @@ def _require_token(element: Element) -> None:
     """
     match element:
         case Load(node, index):
-            if index != (B, K):
+            if len(index) != 2 or not all(map(_is_place, index, (B, K), shape_of(node))):
                 raise NotProved(f"it reads '{node.name}' at {index}, not at the key's token (b, k)")
             if dtype_of(node).is_floating_point:
                 raise NotProved(f"it reads the float input '{node.name}'")
@@ -260,6 +260,11 @@ def _require_token(element: Element) -> None:
                 raise NotProved(f"it depends on tokens through '{name}'")
             for arg in args:
                 _require_token(arg)
+
+
+def _is_place(index: Any, wanted: sympy.Symbol, size: Any) -> bool:
+    """An axis of size 1, in a graph made for one sequence or one token, has place 0 alone."""
+    return bool(index == wanted or (size == 1 and index == 0))
 
 
 def _constant_pattern(elements: Elements, node: Node, index: tuple[Any, ...]) -> Element:

@@ -73,6 +73,17 @@ def test_constant_sizes() -> None:
     assert "dynamic=True" in info(backend.graphs[0]).reasons["sizes"]
 
 
+def test_one_sequence() -> None:
+    """dynamo makes a graph of its own for a batch of 1; its padding is recovered too."""
+    model, backend = build("bert"), _Backend()
+    ids, mask = torch.randint(3, 99, (1, 6)), torch.tensor([[0, 0, 1, 1, 1, 0]])
+    with torch.no_grad():
+        ours, eager = torch.compile(model, backend=backend, dynamic=True)(ids, mask)[0], model(ids, mask)[0]
+    assert torch.allclose(ours[0, 2:5], eager[0, 2:5], atol=1e-5)
+    attention = backend.graphs[0].graph.find_nodes(op="call_function", target=TARGET)
+    assert all(node.args[3] is not None and node.args[4] is None for node in attention)
+
+
 def test_in_place_ops_become_functional() -> None:
     class InPlace(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
