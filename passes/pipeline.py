@@ -29,7 +29,7 @@ def pipeline(
         opt_level: 0 stops at the normalized graph, which the reference kernels run; 1 packs and gives every op a
             kernel of its own; 2 and 3 fuse (3 differs only in how long GEMMs are measured).
         unpad: "auto", "on" or "off", as of ``RemovePadding``.
-        gemm: "auto", "triton" or "vendor", as of ``Specialize``.
+        gemm: as of ``Specialize``.
         measurements: timings of GEMM variants on this machine.
 
     Raises:
@@ -55,6 +55,7 @@ def run_pipeline(
     passes: Sequence[Pass],
     observers: Sequence[Observer] = (),
     verify: bool | None = None,
+    first: int = 1,
 ) -> tuple[GraphModule, tuple[PassRecord, ...]]:
     """Runs the passes in order.
 
@@ -62,6 +63,7 @@ def run_pipeline(
         gm: rewritten in place; use the graph returned.
         passes: as ``pipeline`` returns them.
         observers: called around every pass.
+        first: number of the first pass, for the observers, when the pipeline is run in parts.
         verify: check the spec of the level before the first pass and after every pass; None: as the setting says.
 
     Returns:
@@ -74,7 +76,7 @@ def run_pipeline(
     if checked:
         verify_graph(gm)
     records = []
-    for step, pass_ in enumerate(passes, start=1):
+    for step, pass_ in enumerate(passes, start=first):
         for observer in observers:
             observer.before(step, pass_, gm)
         gm, record = run_pass(pass_, gm)

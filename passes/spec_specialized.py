@@ -5,13 +5,11 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from tilewright.ir.facts import TensorType, fact, find_fact
-from tilewright.ir.regions import Anchor, GemmTable, Region
+from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
 from tilewright.ir.sizes import product
 from tilewright.ir.views import same_size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.rules import Rule, Violation, bodies, regions
-
-_VARIANTS = ("triton", "vendor")
 
 
 def _tables(gm: GraphModule) -> Iterator[tuple[Node, GemmTable]]:
@@ -69,8 +67,8 @@ def _bounds_positive(gm: GraphModule) -> Iterator[Violation]:
 def _variants_known(gm: GraphModule) -> Iterator[Violation]:
     for call, table in _tables(gm):
         for _, variant in table.entries:
-            if variant not in _VARIANTS:
-                yield Violation(call, f"variant {variant!r} is not one of {', '.join(_VARIANTS)}")
+            if variant not in GEMM_VARIANTS:
+                yield Violation(call, f"variant {variant!r} is not one of {', '.join(GEMM_VARIANTS)}")
 
 
 def _rows_of_product(gm: GraphModule) -> Iterator[Violation]:
@@ -91,6 +89,6 @@ SPECIALIZED = (
     Rule("others_are_bounded", "all entries but the last have a bound, so each can be chosen", _others_are_bounded),
     Rule("bounds_positive", "bounds are row counts from 1", _bounds_positive),
     Rule("bounds_rise", "bounds rise, so that one entry covers each row count", _bounds_rise),
-    Rule("variants_known", "variants are triton or vendor", _variants_known),
+    Rule("variants_known", "variants are known ones", _variants_known),
     Rule("rows_of_product", "a table is indexed by the rows of its product", _rows_of_product),
 )

@@ -1,5 +1,6 @@
 """Chooses a GEMM variant for each row count."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,19 +10,21 @@ from tilewright.errors import OptionError
 from tilewright.ir.facts import TensorType, fact, find_fact, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.measurements import GemmKey, Measurements
-from tilewright.ir.regions import Anchor, GemmTable, Region
+from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
 from tilewright.ir.sizes import product
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.base import Pass, PassResult
 
-TRITON = "triton"
 VENDOR = "vendor"
 
-# Up to about this many rows a GEMM is bound by reading its weight, and a kernel with the epilogue inside saves passes
-# over its result; above, the vendor library's tuning counts for more. DeepSpeed Inference switches likewise.
-_FEW_ROWS = 32
-
 Entries = tuple[tuple[int | None, str], ...]
+
+# Without measurements. Up to about 32 rows a GEMM is bound by reading its weight, and a kernel with the epilogue inside
+# saves passes over its result; above, the vendor library's tuning counts for more. DeepSpeed Inference switches alike.
+_BY_RULE: dict[str, Entries] = {
+    "auto": ((8, "triton_few"), (32, "triton"), (None, VENDOR)),
+    "triton": ((8, "triton_few"), (128, "triton"), (None, "triton_many")),
+}
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Specialize(Pass):
     """Gives each GEMM region its ``GemmTable``.
 
     Attributes:
-        gemm: "triton" or "vendor" for that variant alone, "auto" for a choice by row count.
-        measurements: timings on this machine; a GEMM without any gets the default rule: Triton up to 32 rows.
+        gemm: "auto" for a choice by row count, "triton" for our kernels alone, or one variant for all row counts.
+        measurements: timings on this machine; "auto" goes by a rule where there are none.
     """
 
     name: ClassVar[str] = "specialize"
@@ -45,8 +48,9 @@ class Specialize(Pass):
         Raises:
             OptionError: ``gemm`` is not one of the choices.
         """
-        if self.gemm not in ("auto", TRITON, VENDOR):
-            raise OptionError(f"gemm={self.gemm!r} is not a choice", hint="auto, triton or vendor")
+        choices = dict.fromkeys((*_BY_RULE, *GEMM_VARIANTS))
+        if self.gemm not in choices:
+            raise OptionError(f"gemm={self.gemm!r} is not a choice", hint=f"choose one of {', '.join(choices)}")
         counts = {"measured": 0, "by_rule": 0}
         for node in gm.graph.nodes:
             region = find_fact(node, Region)
@@ -61,12 +65,10 @@ class Specialize(Pass):
         return PassResult(gm, True, {topic: count for topic, count in counts.items() if count})
 
     def _entries(self, key: GemmKey) -> tuple[Entries, bool]:
-        if self.gemm != "auto":
-            return ((None, self.gemm),), False
         timings = self.measurements.seconds.get(key, {})
-        if TRITON in timings and VENDOR in timings:
-            return measured_entries(timings[TRITON], timings[VENDOR]), True
-        return ((_FEW_ROWS, TRITON), (None, VENDOR)), False
+        if self.gemm == "auto" and VENDOR in timings:
+            return measured_entries(timings), True
+        return _BY_RULE.get(self.gemm, ((None, self.gemm),)), False
 
 
 def gemm_of(body: GraphModule) -> Node:
@@ -84,23 +86,32 @@ def gemm_key(anchor: Node) -> GemmKey:
     return GemmKey(n, k, str(kind.dtype).removeprefix("torch."))
 
 
-def measured_entries(triton: tuple[tuple[int, float], ...], vendor: tuple[tuple[int, float], ...]) -> Entries:
+def measured_entries(timings: Mapping[str, Sequence[tuple[int, float]]]) -> Entries:
     """A table that is never slower than the vendor library as far as was measured.
 
-    Between two measured row counts Triton is chosen only when it wins at both; below the least and above the greatest
-    the choice there holds.
+    At a measured row count the fastest variant is chosen; between two of them, the fastest that beats the vendor at
+    both; below the least and above the greatest the choice there holds.
 
     Args:
-        triton, vendor: (rows, seconds) at the same row counts, rising.
+        timings: by variant, "vendor" among them, (rows, seconds) at the same row counts.
     """
-    ours, theirs = dict(triton), dict(vendor)
-    rows = sorted(ours.keys() & theirs.keys())
-    wins = [ours[count] < theirs[count] for count in rows]
+    seconds = {variant: dict(times) for variant, times in timings.items()}
+    counts = sorted(seconds[VENDOR])
     entries: list[tuple[int | None, str]] = []
-    for place, (count, win) in enumerate(zip(rows, wins, strict=True)):
-        if place and (win != wins[place - 1]):
-            # Triton gives way right after the last count where it wins, and starts at the first where it wins again.
-            bound = count - 1 if win else rows[place - 1]
-            entries.append((bound, TRITON if wins[place - 1] else VENDOR))
-    last = TRITON if wins and wins[-1] else VENDOR
-    return (*entries, (None, last))
+    for place, count in enumerate(counts):
+        if place and count - counts[place - 1] > 1:
+            entries.append((count - 1, _fastest(seconds, (counts[place - 1], count))))
+        entries.append((count, _fastest(seconds, (count,))))
+    entries[-1] = (None, entries[-1][1])
+    return tuple(
+        entry for entry, after in zip(entries, [*entries[1:], (None, "")], strict=True) if entry[1] != after[1]
+    )
+
+
+def _fastest(seconds: Mapping[str, Mapping[int, float]], counts: Sequence[int]) -> str:
+    """The variant that beats the vendor at all these row counts and by most on the whole, else the vendor."""
+    ratios = {
+        variant: [times[count] / seconds[VENDOR][count] for count in counts] for variant, times in seconds.items()
+    }
+    winners = {variant: sum(each) for variant, each in ratios.items() if max(each) < 1.0}
+    return min(winners, key=lambda variant: winners[variant], default=VENDOR)

@@ -1,4 +1,4 @@
-"""Settings of every test run: each level is verified, and kernels are kept in a cache of this run alone."""
+"""Settings of every test run: each level is verified, GEMMs go by the rule, kernels are kept in a cache of the run."""
 
 import os
 from collections.abc import Iterator
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 os.environ["TILEWRIGHT_VERIFY"] = "1"
+os.environ["TILEWRIGHT_TUNE"] = "0"  # the same kernels in every run; tests of tuning turn it on
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

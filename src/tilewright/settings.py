@@ -32,7 +32,6 @@ TABLE = (
     Setting(
         "verify", "TILEWRIGHT_VERIFY", bool, False, "Check each level's spec after every pass (always on in tests)"
     ),
-    Setting("check", "TILEWRIGHT_CHECK", bool, False, "Bounds-check each load and store of CPU kernels"),
     Setting("dump_dir", "TILEWRIGHT_DUMP_DIR", Path, None, "Write a numbered graph per pass and all kernels here"),
     Setting(
         "cpu_features", "TILEWRIGHT_CPU_FEATURES", str, None, "Instruction set for CPU kernels; default: this machine's"
@@ -40,6 +39,7 @@ TABLE = (
     Setting(
         "triton_backend", "TRITON_DEFAULT_BACKEND", str, None, "Triton's own choice of driver; cpu: even beside a GPU"
     ),
+    Setting("tune", "TILEWRIGHT_TUNE", bool, True, "Time GEMM variants on this machine; off: choose by a fixed rule"),
     Setting(
         "num_threads", "TILEWRIGHT_NUM_THREADS", int, None, "Threads of CPU kernels; default: torch.get_num_threads()"
     ),

@@ -147,7 +147,7 @@ def env(as_json: Json = False) -> None:
 def demo(
     opt_level: Level = 2,
     batch: Annotated[int, typer.Option(min=1, help="passages in one call")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="timed rounds over the passages")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="timed rounds over the passages")] = 3,
     query: Annotated[str, typer.Option(help="what to look for")] = "a boy with a sling defeats a giant warrior",
     as_json: Json = False,
 ) -> None:

@@ -37,7 +37,7 @@ def minilm_folder() -> Path:
 
 
 def passages() -> list[tuple[str, str]]:
-    """(reference, text) of the sample passages, in file order: public-domain text, 6 to 352 words each."""
+    """(reference, text) of the sample passages, in file order: public-domain text, 6 to 170 words each."""
     text = files("tilewright").joinpath("data/passages.tsv").read_text(encoding="utf-8")
     return [(reference, body) for reference, body in (line.split("\t", 1) for line in text.splitlines())]
 

@@ -13,6 +13,9 @@ from tilewright.codegen.assemble import assemble
 from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.kernels import Progress, build_kernels
 from tilewright.driver.options import CompileOptions
+from tilewright.driver.tuning import measurements_for
+from tilewright.ir.graph import Level
+from tilewright.ir.measurements import Measurements
 from tilewright.ir.program import ProgramSpec
 from tilewright.passes.base import Observer, PassRecord
 from tilewright.passes.observe import ArtifactWriter
@@ -106,13 +109,36 @@ def compile_graph(
     with settings.scope(**overrides):
         dump_dir = settings.get("dump_dir")
         watching = [*observers, *([ArtifactWriter(dump_dir)] if dump_dir else [])]
-        passes = pipeline(options.opt_level, options.unpad, options.gemm)
-        gm, records = run_pipeline(gm, passes, watching)
+        gm, records = _run_passes(gm, options, watching, progress)
         stats = Stats(compilations=1)
         if options.opt_level == 0:
             return CompiledGraph(gm, records, None, None, stats)
         spec = assemble(gm)
         return CompiledGraph(gm, records, spec, load(spec, stats, progress), stats)
+
+
+def _run_passes(
+    gm: GraphModule, options: CompileOptions, observers: Sequence[Observer], progress: Progress | None
+) -> tuple[GraphModule, tuple[PassRecord, ...]]:
+    """The pipeline; its last passes choose by measurements, and what to measure is known once regions are."""
+    passes = pipeline(options.opt_level, options.unpad, options.gemm)
+    front = [each for each in passes if each.ensures <= Level.FUSED]
+    gm, records = run_pipeline(gm, front, observers)
+    if options.opt_level == 0:
+        return gm, records
+    found = Measurements()
+    if options.gemm == "auto":
+        found = measurements_for(gm, options.opt_level, _compile_gemm, progress)
+    passes = pipeline(options.opt_level, options.unpad, options.gemm, found)
+    gm, more = run_pipeline(gm, passes[len(front) :], observers, first=len(front) + 1)
+    return gm, records + more
+
+
+def _compile_gemm(gm: GraphModule, variant: str) -> Program:
+    """A normalized graph as a program with one GEMM variant."""
+    passes = [each for each in pipeline(2, "off", variant) if each.ensures > Level.NORMALIZED]
+    gm, _ = run_pipeline(gm, passes)
+    return load(assemble(gm), Stats())
 
 
 def load(spec: ProgramSpec, stats: Stats, progress: Progress | None = None) -> Program:

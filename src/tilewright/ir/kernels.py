@@ -12,7 +12,7 @@ class KernelSource:
         name: stable readable name, e.g. ``row_add_layer_norm_1f3a``; two regions of equal structure share it.
         text: a complete Python module (imports included) that defines the kernel.
         function: name of the ``@triton.jit`` function in ``text``.
-        signature: runtime parameters in order, as (name, Triton type): ``*fp32``, ``*i64``, ``i32``, ``fp32``; a
+        signature: runtime parameters in order, as (name, Triton type): ``*fp32``, ``i32``, ``fp32``; a
             pointer that is always a multiple of 16 bytes is written ``*fp32:16``.
         constexprs: compile-time parameters and their values.
         num_warps, num_stages: launch options that matter on GPUs.

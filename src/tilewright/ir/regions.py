@@ -71,13 +71,17 @@ class CopyBefore:
     why: str
 
 
+GEMM_VARIANTS = ("triton_few", "triton", "triton_many", "vendor")
+"""How a GEMM can be run: our kernel with tiles of few, some or many rows, or the vendor library."""
+
+
 @dataclass(frozen=True)
 class GemmTable:
     """Fact on a GEMM region from the specialized level on: a variant for every row count, once.
 
     Attributes:
         rows: the row count the table is indexed by.
-        entries: (inclusive upper bound, variant) in rising order; the last bound is None. Variants: "triton", "vendor".
+        entries: (inclusive upper bound, variant of ``GEMM_VARIANTS``) in rising order; the last bound is None.
         measured: True when the bounds come from measurements, False when from the default rule.
     """
 

@@ -76,7 +76,7 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> G
         bounds = {size_from_text(symbol): tuple(bound) for symbol, bound in data["bounds"].items()}
         inputs = tuple(_decode(spec) for spec in data["inputs"])
         level = Level[data["level"].upper()]
-        set_info(gm, GraphInfo(level, inputs, output, bounds, dict(data["reasons"]), data["name"]))  # type: ignore[arg-type]
+        set_info(gm, GraphInfo(level, inputs, output, bounds, dict(data["reasons"]), data["name"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError("the graph file is incomplete or altered", why=f"{type(error).__name__}: {error}") from None
     return gm

@@ -115,14 +115,8 @@ for _target in (
 
 for _target in (aten.arange.start_step, aten.full.default):
     register(_target, Traits(Flow.CREATE))
-for _target in (
-    aten.sym_size.int,
-    operator.add,
-    operator.sub,
-    operator.mul,
-    operator.floordiv,
-):
-    register(_target, Traits(Flow.SIZE))
+for _on_sizes in (aten.sym_size.int, operator.add, operator.sub, operator.mul, operator.floordiv):
+    register(_on_sizes, Traits(Flow.SIZE))
 
 # Everything else may stay in a graph, as OTHER: it runs eager, and these sentences say why for the common ones.
 for _target, _why in (

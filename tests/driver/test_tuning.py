@@ -1,0 +1,44 @@
+"""GEMM tables by measurement: taken once, kept, visible in the graph; off, a rule decides."""
+
+import pytest
+import torch
+from references import build
+
+import tilewright
+from tilewright import settings
+from tilewright.driver import tuning
+from tilewright.ir.facts import find_fact
+from tilewright.ir.regions import GEMM_VARIANTS, GemmTable
+
+
+def tables(compiled: tilewright.CompiledModel) -> list[GemmTable]:
+    (variant,) = compiled.variants.values()
+    found = [find_fact(node, GemmTable) for node in variant.compiled.graph.graph.nodes]
+    return [table for table in found if table is not None]
+
+
+def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("distilbert", 0)
+    with settings.scope(tune=True):
+        first = tables(tilewright.compile(model))
+        assert first
+        assert all(table.measured for table in first)
+        assert {variant for table in first for _, variant in table.entries} <= set(GEMM_VARIANTS)
+
+        def fail(*args: object) -> None:
+            raise AssertionError("measured again")
+
+        monkeypatch.setattr(tuning, "measure_gemm", fail)
+        again = tilewright.compile(model)
+        assert tables(again) == first
+    ids = torch.randint(3, 99, (2, 7))
+    with torch.no_grad():
+        expected = model(ids).last_hidden_state
+    torch.testing.assert_close(again(ids).last_hidden_state, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"gemm": "vendor"}, {"gemm": "triton"}, {"opt_level": 1}])
+def test_nothing_is_measured_without_a_choice(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
+    monkeypatch.setattr(tuning, "measure_gemm", lambda *args: pytest.fail("measured"))
+    with settings.scope(tune=True):
+        assert not any(table.measured for table in tables(tilewright.compile(build("distilbert", 0), **options)))
