@@ -57,9 +57,10 @@ def emit_index(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, .
     batch, length = fact(arguments(anchor)["valid"], TensorType).shape
     views: dict[str, View] = {}
     for node, view in call.results():
-        if node.target is not operator.getitem or node.args[0] is not anchor:
+        place = node.args[1] if node.target is operator.getitem and node.args[0] is anchor else None
+        if not isinstance(place, int):
             raise CodegenError("a result of an index region is not one of pack_index", where=where(node))
-        views[_RESULTS[int(node.args[1])]] = view
+        views[_RESULTS[place]] = view
     sizes = {"row_index": batch * length, "slots": batch * length, "cu_seqlens": batch + 1}
     for name in _RESULTS:
         if name not in views:

@@ -146,7 +146,7 @@ def _write(graph: GraphModule, inputs: Inputs, outputs: list[Result], plan: Plan
     scattered = next((output for output in outputs if output.scatter), None)
     rows = product(_row_shape(outputs[0]) if plan.kind in ("rows", "tiles") else ())
     grid: tuple[Size, Size, Size] = (rows, 1, 1)
-    if scattered is not None:
+    if scattered is not None and scattered.scatter is not None:
         grid = (rows + 1, 1, 1)
         with open_scatter(evaluator, scattered.scatter, scattered.view, rows) as row:
             _store_all(evaluator, outputs, row, plan)

@@ -171,7 +171,7 @@ class Evaluator:
     def _operand_dtype(self, node: Node, dtype: torch.dtype) -> torch.dtype:
         """Type that operands are converted to: that of the result, or their common one if that is a truth value."""
         if node.target == torch.ops.prims.convert_element_type.default:
-            return compute_dtype(fact(node.args[0], TensorType).dtype)
+            return compute_dtype(fact(node.all_input_nodes[0], TensorType).dtype)
         if dtype != torch.bool:
             return compute_dtype(dtype)
         common: Any = None
@@ -187,7 +187,7 @@ class Evaluator:
         hint = op_name(node)
         kind = compute_dtype(dtype)
         if node.target == torch.ops.prims.convert_element_type.default:
-            source = fact(node.args[0], TensorType).dtype
+            source = fact(node.all_input_nodes[0], TensorType).dtype
             if dtype == torch.bool:
                 expression = f"{expression} != 0"
             elif compute_dtype(source) != dtype:

@@ -103,7 +103,7 @@ def _neutral(writer: KernelWriter, value: Register, column: Index, kind: str) ->
     if mask is None and column.deps <= value.deps:
         return value
     # A value that does not vary along the columns has to be counted once for each of them.
-    kept = mask or f"{column.terms[0][0].name} >= 0"
+    kept = mask or f"{writer.index_text(column)} >= 0"
     text = writer.emit(f"{value.text}_kept", f"tl.where({kept}, {value.text}, {_identity(value.dtype, kind)})", deps)
     return Register(text, value.dtype, deps)
 

@@ -41,4 +41,4 @@ class RegionCall:
     def results(self) -> Iterator[tuple[Node, View]]:
         """Each node of the output with the view it is stored to."""
         output = next(node for node in self.graph.graph.nodes if node.op == "output")
-        yield from zip(output.args[0], self.outputs, strict=True)  # type: ignore[arg-type]
+        yield from zip(output.args[0], self.outputs, strict=True)

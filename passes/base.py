@@ -56,8 +56,8 @@ class Observer(Protocol):
 class Pass:
     """Base of all passes.
 
-    A subclass sets ``name`` (snake case, equal to its file name), the level it ``requires`` and the level the graph meets
-    afterwards (``ensures``), and implements ``run``. Passes hold no state between runs.
+    A subclass sets ``name`` (snake case, equal to its file name), the level it ``requires`` and the level the graph
+    meets afterwards (``ensures``), and implements ``run``. Passes hold no state between runs.
     """
 
     name: ClassVar[str]

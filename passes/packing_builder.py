@@ -167,7 +167,7 @@ class PackingBuilder:
         layout = Layout(LayoutKind.PADDED)
         type_ = fact(value, TensorType)
         missing = rank - len(type_.shape)
-        if missing > min(axes):
+        if missing > min(batch, seq):
             for count in range(missing):
                 shape = (1,) * (count + 1) + type_.shape
                 new = TensorType(shape, type_.dtype)

@@ -176,7 +176,8 @@ class PackingRewriter:
         axes = (layout.batch_axis, layout.seq_axis)
         shift = rank - len(shape_of(node))
         own = self.layouts[node]
-        aligned = own.per_token and (own.batch_axis + shift, own.seq_axis + shift) == axes
+        batch, seq = own.batch_axis, own.seq_axis
+        aligned = batch is not None and seq is not None and (batch + shift, seq + shift) == axes
         if aligned and own.kind in (LayoutKind.PACKED, LayoutKind.PADDED):
             made, rest = self.rows(node), len(rest_axes(len(shape_of(node)), own))
         else:
@@ -191,7 +192,8 @@ class PackingRewriter:
         if node.op != "call_function" or traits_of(node.target).flow is not Flow.LOOKUP:
             return None
         table, ids = positional(node)[:2]
-        if len(shape_of(node)) != rank or None in axes or max(axes) >= rank - 1:
+        batch, seq = axes
+        if len(shape_of(node)) != rank or batch is None or seq is None or max(batch, seq) >= rank - 1:
             return None
         made = self._gather(ids, rank - 1, axes)
         type_ = TensorType((*shape_of(made), shape_of(node)[-1]), fact(node, TensorType).dtype)

@@ -131,7 +131,7 @@ def _known_symbols(gm: GraphModule) -> Iterator[Violation]:
 
 
 def _sizes(node: Node) -> list[Any]:
-    size, type_, items = (find_fact(node, kind) for kind in (SizeValue, TensorType, TupleType))
+    size, type_, items = find_fact(node, SizeValue), find_fact(node, TensorType), find_fact(node, TupleType)
     if size is not None:
         return [size.value]
     types = items.items if items is not None else (type_,) if type_ is not None else ()

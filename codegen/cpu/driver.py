@@ -5,13 +5,16 @@ them. Inductor constructs ``CpuDriver`` even where it is inactive: the construct
 """
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import Benchmarker, DriverBase
 
 from tilewright import settings
 from tilewright.codegen.cpu.target import CpuTarget
+
+if TYPE_CHECKING:
+    from tilewright.codegen.cpu.jit import Code
 
 # Larger than one core's share of any last-level cache: zeroing it evicts a kernel's inputs.
 _FLUSH_BYTES = 64 * 2**20
@@ -111,7 +114,7 @@ class CpuDriver(DriverBase):
 class CpuUtils:
     """What Triton calls ``driver.utils``."""
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[Any, int, int, int, int]:
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> "tuple[Code, Code, int, int, int]":
         """Makes object code callable.
 
         Args:

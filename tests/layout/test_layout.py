@@ -74,7 +74,9 @@ def test_only_settings_reads_the_environment(folder: str) -> None:
 
 
 def test_bare_import_is_light() -> None:
-    code = "import sys, tilewright; print([m for m in ('torch', 'triton', 'transformers', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, tilewright; print([m for m in ('torch', 'triton', 'transformers', 'numpy') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"
 

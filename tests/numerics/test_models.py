@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from references import PATTERNS, SEEDS, ErrorRule, build, in_double, masks, real_outputs
 
 import tilewright
-from references import PATTERNS, SEEDS, ErrorRule, build, in_double, masks, real_outputs
 
 SHAPES = ((1, 1), (1, 13), (3, 7), (5, 33))
 

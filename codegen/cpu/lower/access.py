@@ -52,6 +52,7 @@ def load_lanes(
         pointer = Vector(pointer.elem, b.vector(pointer, width), width)
     if mask.bound is None and mask.vector is None and not isinstance(pointer, Vector):
         assert mask.uniform is not None
+        assert isinstance(pointer, Uniform | Affine)  # a mask is no pointer
         base = pointer.ref if isinstance(pointer, Uniform) else pointer.base
         safe = guarded(b, base, mask.uniform)
         if isinstance(pointer, Uniform):

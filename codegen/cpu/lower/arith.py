@@ -215,11 +215,10 @@ def select(b: LaneBuilder, condition: Lane, yes: Lane, no: Lane) -> Lane:
         return yes
     width = width_of(condition, yes, no)
     elem = yes.elem
-    one_flag = isinstance(condition, Uniform) or (
-        isinstance(condition, Mask) and condition.bound is None and condition.vector is None
-    )
-    if one_flag:
-        flag = condition.ref if isinstance(condition, Uniform) else condition.uniform
+    flag = condition.ref if isinstance(condition, Uniform) else None
+    if isinstance(condition, Mask) and condition.bound is None and condition.vector is None:
+        flag = condition.uniform
+    if flag is not None:
         width = width_of(yes, no)
         choice = f"i1 {flag}"
     else:

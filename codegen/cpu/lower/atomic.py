@@ -1,6 +1,7 @@
 """Operations that go through a tile element by element: atomics, histograms and prints."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.convert import narrow, widen
@@ -141,15 +142,15 @@ def lower_print(ctx: Context, op: Op) -> None:
     hexadecimal = op.attrs.get("hex") == "true"
     signs = [int(x) for x in op.attrs.get("isSigned", ":").partition(":")[2].strip(" >").split(",") if x.strip()]
     if not op.operands:
-        _print_line(ctx, op, prefix, (), None, hexadecimal, True)
+        _print_line(ctx, op, prefix, None, hexadecimal, True, ())
     for number, value in enumerate(op.operands):
         signed = number < len(signs) and bool(signs[number])
-        scalar_nest(ctx, value.shape, lambda p, v=value, s=signed: _print_line(ctx, op, prefix, p, v, hexadecimal, s))
+        scalar_nest(ctx, value.shape, partial(_print_line, ctx, op, prefix, value, hexadecimal, signed))
     ctx.b.effect("call i32 @fflush(ptr null)")
 
 
 def _print_line(
-    ctx: Context, op: Op, prefix: str, point: Point, value: Value | None, hexadecimal: bool, signed: bool
+    ctx: Context, op: Op, prefix: str, value: Value | None, hexadecimal: bool, signed: bool, point: Point
 ) -> None:
     b = ctx.b
     args = [f"i32 {ctx.program_ids[axis]}" for axis in "xyz"]

@@ -76,7 +76,7 @@ class _For:
         for k in phis:
             first = "0" if k in self.steps else ctx.scalar(self.inits[k])
             init.append((self._phi_type(k) if k in self.steps else self.args[k].elem.llvm, first))
-        bounds = [ctx.scalar(v) for v in self.op.operands[:3]]
+        low, high, step = (ctx.scalar(v) for v in self.op.operands[:3])
 
         def body(index: str, carried: list[str]) -> list[str]:
             ctx.bind(self.index, Scalar(index))
@@ -90,7 +90,7 @@ class _For:
             write_all(ctx, [(self.yielded[k], buffer) for k, buffer in self.buffers.items()], self.op)
             return following
 
-        final = ctx.b.loop(*bounds, init, body, index_type=self.index.elem.llvm, small=False)
+        final = ctx.b.loop(low, high, step, init, body, index_type=self.index.elem.llvm, small=False)
         for k, ref in zip(phis, final, strict=True):
             self._bind_carried(self.op.results[k], k, ref)
         for k, buffer in self.buffers.items():

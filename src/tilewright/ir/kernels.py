@@ -16,8 +16,8 @@ class KernelSource:
             pointer that is always a multiple of 16 bytes is written ``*fp32:16``.
         constexprs: compile-time parameters and their values.
         num_warps, num_stages: launch options that matter on GPUs.
-        origin: for readers, which nodes and source lines of the model it computes, a line each. No part of the identity:
-            regions of equal structure have equal kernels wherever they stand in the model.
+        origin: for readers, which nodes and source lines of the model it computes, a line each. Not part of identity:
+            identity: regions of equal structure have equal kernels wherever they stand in the model.
     """
 
     name: str
