@@ -88,8 +88,27 @@ def test_a_graph_file_cannot_name_arbitrary_code(saved: tuple[tilewright.Compile
             graph_from_json({**data, **change}, tensors)
     call = next(row for row in data["graph"] if row["op"] == "call_module")
     call["body"][-2]["target"] = "posix.system"
-    with pytest.raises(ArtifactError):
+    with pytest.raises(ArtifactError, match="posix"):
         graph_from_json(data, tensors)
+
+
+def test_outputs_inside_outputs(tmp_path: Path) -> None:
+    compiled = tilewright.compile(build("bert", 0))
+    inputs = {"input_ids": torch.randint(3, 99, (2, 6)), "output_hidden_states": True}
+    expected = compiled(**inputs)
+    loaded = artifact.open_artifact(artifact.save(compiled, tmp_path / "m"))(**inputs)
+    assert len(loaded.hidden_states) == len(expected.hidden_states) == 3
+    for ours, theirs in zip(loaded.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_output_structures_by_name() -> None:
+    from tilewright.ir.serialize import output_builder
+
+    one, two, three = torch.zeros(1), torch.ones(1), torch.ones(2)
+    assert output_builder(None, ("output",))([one]) is one
+    assert output_builder(None, ("output_0", "output_1.0", "output_1.1"))([one, two, three]) == (one, (two, three))
+    assert output_builder(None, ("a", "b.0"))([one, two]) == {"a": one, "b": (two,)}
 
 
 def test_a_call_it_was_not_compiled_for(saved: tuple[tilewright.CompiledModel, Path]) -> None:

@@ -83,20 +83,44 @@ def graph_from_json(data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> G
 
 
 def output_builder(class_path: str | None, names: tuple[str, ...]) -> Callable[[list[torch.Tensor]], Any]:
-    """What turns flat outputs into the model's output, from the names alone.
+    """What turns flat outputs into the model's output, from their dotted names alone.
+
+    ``hidden_states.0`` is element 0 of the field ``hidden_states``; ``output`` alone is the tensor itself, and
+    ``output_0``, ``output_1`` are a tuple.
 
     Raises:
         ArtifactError: the class is not one of transformers' output classes.
     """
-    if class_path is None:
-        return lambda flat: flat[0] if len(flat) == 1 else tuple(flat)
-    module, _, name = class_path.rpartition(".")
-    if module not in _OUTPUT_MODULES:
+    module, _, name = (class_path or "").rpartition(".")
+    if class_path is not None and module not in _OUTPUT_MODULES:
         raise ArtifactError(
-            f"output class {class_path} is not allowed", why=f"only classes of {_OUTPUT_MODULES} are made"
+            f"output class {class_path} is not allowed", why=f"only classes of {', '.join(_OUTPUT_MODULES)} are made"
         )
-    cls = getattr(importlib.import_module(module), name)
-    return lambda flat: cls(**dict(zip(names, flat, strict=True)))
+    cls = getattr(importlib.import_module(module), name) if class_path else None
+
+    def build(flat: list[torch.Tensor]) -> Any:
+        fields = _nested(dict(zip(names, flat, strict=True)))
+        if cls is not None:
+            return cls(**fields)
+        if names == ("output",):
+            return flat[0]
+        return tuple(fields.values()) if names[0].startswith("output_") else fields
+
+    return build
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Dotted names as dicts inside dicts; where the keys are positions, tuples."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in flat.items():
+        head, _, rest = name.partition(".")
+        groups.setdefault(head, {})[rest] = value
+    found: dict[str, Any] = {}
+    for head, inner in groups.items():
+        below = inner[""] if "" in inner else _nested(inner)
+        positions = isinstance(below, dict) and all(key.isdigit() for key in below)
+        found[head] = tuple(below.values()) if positions else below
+    return found
 
 
 def _nodes_to_json(gm: GraphModule, tensors: dict[str, torch.Tensor], keys: dict[int, str]) -> list[dict[str, Any]]:
@@ -137,6 +161,8 @@ def _target_name(node: Node) -> str:
 def _target(name: str) -> Any:
     if name in _OPERATORS:
         return _OPERATORS[name]
+    if name.count(".") != 2:
+        raise ValueError(f"{name!r} is not an op")
     namespace, op, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), op), overload)
 
