@@ -73,11 +73,6 @@ class Pass:
         return f"{self.name}{{{options}}}" if options else self.name
 
 
-def node_count(gm: GraphModule) -> int:
-    """Nodes that do something: calls, in the graph and in the regions it calls."""
-    return sum(op_counts(gm).values())
-
-
 def op_counts(gm: GraphModule) -> Counter[str]:
     """How often each op is called, regions included by their contents."""
     counts: Counter[str] = Counter()

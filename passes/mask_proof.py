@@ -13,6 +13,8 @@ from tilewright.passes.recognize_attention import LOWEST
 from tilewright.passes.rewrite import dtype_of, rank_of, shape_of
 
 B, H, Q, K = (sympy.Symbol(name, integer=True, nonnegative=True) for name in ("b", "h", "q", "k"))
+# Operations whose arguments are conditions, or may be, and so can be simplified as such.
+_OF_CONDITIONS = ("and", "or", "not", "bool", "number", "where")
 _NEGATED = {"lt": "ge", "ge": "lt", "le": "gt", "gt": "le", "eq": "ne", "ne": "eq"}
 
 
@@ -144,7 +146,7 @@ def _simple(elements: Elements, element: Element) -> Element:
         return _simple(elements, Apply("bool", (_constant_pattern(elements, element.node, element.index),)))
     if not isinstance(element, Apply):
         return element
-    parts = [_simple(elements, a) if _is_condition(element.name, i) else a for i, a in enumerate(element.args)]
+    parts = [_simple(elements, a) if element.name in _OF_CONDITIONS else a for a in element.args]
     if element.name in ("eq", "ne"):
         tables = [isinstance(part, Load) and part.node.op == "get_attr" for part in parts]
         pairs = zip(parts, tables, strict=True)
@@ -184,11 +186,6 @@ def _simple(elements: Elements, element: Element) -> Element:
             truth = _truth(name, a - b)
             return Apply(name, tuple(parts)) if truth is None else Number(truth)
     return arithmetic(element.name, parts)
-
-
-def _is_condition(name: str, place: int) -> bool:
-    """Which arguments are conditions, and so can be simplified as such."""
-    return name in ("and", "or", "not", "bool", "number") or name == "where"
 
 
 def _truth(name: str, difference: Any) -> bool | None:

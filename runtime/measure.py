@@ -4,10 +4,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import torch
-
-from tilewright.runtime.weights import PackedLinear, lay_out, linear_into
-
 _FEWEST_REPEATS = 3
 _MOST_REPEATS = 200
 
@@ -52,24 +48,3 @@ def _interleave(runs: Mapping[str, Callable[[], None]], budget_s: float) -> dict
             run()
             times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(each) for name, each in times.items()}
-
-
-def vendor_linear(n: int, k: int, dtype: torch.dtype) -> Make:
-    """The variant "vendor" of ``out[M, N] = x[M, K] @ w[N, K].T + b``, as programs run it, on random numbers."""
-    weight = lay_out(torch.randn(n, k).to(dtype), "vendor")
-    bias = torch.randn(n).to(dtype)
-
-    def make(rows: int) -> Callable[[], None]:
-        x = torch.randn(rows, k).to(dtype)
-        out = torch.empty(rows, n, dtype=dtype)
-
-        def run() -> None:
-            with torch.no_grad():
-                if isinstance(weight, PackedLinear):
-                    weight.apply(x, bias)
-                else:
-                    linear_into(out, x, weight, bias)
-
-        return run
-
-    return make

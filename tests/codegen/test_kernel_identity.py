@@ -9,11 +9,19 @@ import pytest
 import torch
 from tests.codegen.bodies import Body, emit
 from tests.golden.kernels import FAMILIES
+from tests.graphs import packed_bert
 
+from tilewright.codegen.assemble import assemble
+from tilewright.driver.kernels import distinct_sources
 from tilewright.ir.facts import Origin, set_fact
 from tilewright.ir.kernels import KernelSource
 from tilewright.ir.program import KernelStep
 from tilewright.ir.sizes import TOKENS
+from tilewright.passes.base import run_pass
+from tilewright.passes.find_regions import FindRegions
+from tilewright.passes.outline_regions import OutlineRegions
+from tilewright.passes.place import Place
+from tilewright.passes.specialize import Specialize
 
 aten = torch.ops.aten
 
@@ -44,6 +52,20 @@ def test_equal_structure_has_one_kernel() -> None:
 @pytest.mark.parametrize("other", [{"width": 96}, {"op": aten.mul.Tensor}], ids=str)
 def test_other_structure_has_another_name(other: dict[str, object]) -> None:
     assert residual(0).kernel.name != residual(0, **other).kernel.name  # type: ignore[arg-type]
+
+
+def kernels_of(layers: int, gemm: str) -> list[KernelSource]:
+    """Distinct kernels of a packed encoder."""
+    g = packed_bert(layers)
+    gm = g.done(*g.outputs)
+    for pass_ in (FindRegions(), OutlineRegions(), Specialize(gemm), Place()):
+        gm, _ = run_pass(pass_, gm)
+    return distinct_sources(assemble(gm))
+
+
+@pytest.mark.parametrize("gemm", ["auto", "triton", "vendor"])
+def test_more_layers_bring_no_new_kernels(gemm: str) -> None:
+    assert kernels_of(2, gemm) == kernels_of(48 if gemm == "auto" else 5, gemm)
 
 
 def test_helpers_are_included_as_far_as_used() -> None:

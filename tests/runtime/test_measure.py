@@ -1,9 +1,8 @@
 """Timing of GEMM variants: what is asked is timed, turn by turn."""
 
 import pytest
-import torch
 
-from tilewright.runtime.measure import measure_gemm, vendor_linear
+from tilewright.runtime.measure import measure_gemm
 
 
 def test_every_variant_is_timed_at_every_row_count() -> None:
@@ -25,9 +24,3 @@ def test_a_failing_variant_is_not_hidden() -> None:
 
     with pytest.raises(RuntimeError, match="cannot run"):
         measure_gemm({"triton": lambda rows: fail}, (1,), budget_s=0.1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_vendor_variant_runs(dtype: torch.dtype) -> None:
-    found = measure_gemm({"vendor": vendor_linear(16, 8, dtype)}, (1, 4), budget_s=0.01)
-    assert len(found["vendor"]) == 2

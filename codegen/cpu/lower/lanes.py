@@ -88,11 +88,6 @@ def type_of(elem: Elem, width: int) -> str:
     return f"<{width} x {elem.llvm}>" if width else elem.llvm
 
 
-def splat_const(text: str, type_: str) -> str:
-    """A literal as an operand of the LLVM type ``type_``, ``text`` being typed as in ``i32 5``."""
-    return f"splat ({text})" if type_.startswith("<") else text.split(" ", 1)[1]
-
-
 class LaneBuilder(Builder):
     """Builder with integer arithmetic that keeps the form of lanes."""
 

@@ -81,4 +81,3 @@ def _scalar_store(ctx: Context, op: Op) -> None:
 
 
 LAZY["tt.load"] = lazy_load
-EAGER_MEMORY = {"tt.store": lower_store}

@@ -5,9 +5,8 @@ At the fused level every compute node is inside exactly one region, a small Grap
     %region_3 : call_module[target=region_3](args = (%x, %residual, %weight, %bias))
 
 Its placeholders are the values it reads (weights included), each with a ``TensorType``; its output is a tuple of the
-values
-other regions read. Views (reshape, permute, slice, ...) between regions stay in the outer graph: they cost nothing.
-Regions of equal structure are called through different nodes but share one structural key, and so one kernel.
+values other regions read. Views (reshape, permute, slice, ...) between regions stay in the outer graph: they cost
+nothing. Regions of equal structure are called through different nodes, but their kernels have one text, and so are one.
 """
 
 from dataclasses import dataclass
