@@ -81,7 +81,7 @@ def capture(
         raise CaptureError(f"this call of {name} cannot be captured", why=signature.obstacle, hint="it runs as it was")
     source = model if dtype is None else cast_copy(model, dtype)
     gm, tried = _trace(source, signature, example, name)
-    return _with_reasons(gm, tried, signature)
+    return _with_reasons(gm, tried, model, signature)
 
 
 def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -212,9 +212,10 @@ def _is_pretrained(model: Any) -> bool:
     return isinstance(model, nn.Module) and hasattr(config, "_attn_implementation")
 
 
-def _with_reasons(gm: GraphModule, tried: Mapping[str, str], signature: CallSignature) -> GraphModule:
+def _with_reasons(gm: GraphModule, tried: Mapping[str, str], model: nn.Module, signature: CallSignature) -> GraphModule:
     reasons = dict(tried)
-    if dict(signature.statics).get("use_cache") is False:
+    caches = any(getattr(module, "is_causal", False) for module in model.modules())
+    if caches and dict(signature.statics).get("use_cache") is False:
         reasons["cache"] = (
             "past_key_values are not returned: the compiled model is one forward pass over whole sequences"
         )

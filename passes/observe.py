@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from tilewright.ir.facts import Origin, SizeValue, TensorType, TupleType, all_facts, find_fact
 from tilewright.ir.graph import info
-from tilewright.ir.layout import Layout
+from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.passes.base import Pass, PassRecord
 
 _SHORT = {
@@ -54,7 +54,9 @@ def _line(node: Node) -> str:
     if node.op == "output":
         return f"return {_argument(node.args[0])}"
     layout, origin = find_fact(node, Layout), find_fact(node, Origin)
-    kind = f" {layout.kind.value}" if layout else ""
+    # A padded or free value reads as before packing, so that a diff shows what packing changed and nothing else.
+    told = layout is not None and layout.kind in (LayoutKind.PACKED, LayoutKind.PER_SEQUENCE)
+    kind = f" {layout.kind.value}" if layout and told else ""
     arguments = [_argument(arg) for arg in node.args]
     arguments += [f"{name}={_argument(value)}" for name, value in node.kwargs.items()]
     call = f"{_target(node)}({', '.join(arguments)})" if node.op.startswith("call_") else f"{node.op} {node.target}"

@@ -5,10 +5,12 @@ the environment takes effect at once; ``scope`` overrides values for the duratio
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tilewright.errors import OptionError
@@ -46,7 +48,7 @@ TABLE = (
 )
 
 _BY_NAME = {setting.name: setting for setting in TABLE}
-_overrides: dict[str, Any] = {}
+_overrides: ContextVar[Mapping[str, Any]] = ContextVar("_overrides", default=MappingProxyType({}))
 _BOOLEANS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
 
@@ -58,8 +60,9 @@ def get(name: str) -> Any:
         OptionError: the environment variable has a value of the wrong type.
     """
     setting = _BY_NAME[name]
-    if name in _overrides:
-        return _overrides[name]
+    overrides = _overrides.get()
+    if name in overrides:
+        return overrides[name]
     text = os.environ.get(setting.env)
     return setting.default if text is None or text == "" else _parse(setting, text)
 
@@ -77,14 +80,12 @@ def _parse(setting: Setting, text: str) -> Any:
 
 @contextmanager
 def scope(**values: Any) -> Iterator[None]:
-    """Overrides settings inside a ``with`` block and restores them after it."""
+    """Overrides settings inside a ``with`` block, for the thread that runs it alone, and restores them after it."""
     unknown = values.keys() - _BY_NAME.keys()
     if unknown:
         raise OptionError(f"no such setting: {', '.join(sorted(unknown))}", hint=f"settings: {', '.join(_BY_NAME)}")
-    before = dict(_overrides)
-    _overrides.update(values)
+    token = _overrides.set({**_overrides.get(), **values})
     try:
         yield
     finally:
-        _overrides.clear()
-        _overrides.update(before)
+        _overrides.reset(token)

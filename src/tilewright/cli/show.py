@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tilewright.cli.work import Inspection
 from tilewright.driver.compiled import CompiledModel
-from tilewright.driver.kernels import distinct_sources, kernel_steps
+from tilewright.driver.kernels import distinct_sources
 from tilewright.ir.facts import find_fact
 from tilewright.ir.program import EagerStep
 from tilewright.ir.regions import Region
@@ -55,14 +55,13 @@ def pass_table(records: Sequence[PassRecord]) -> Table:
 
 def program_counts(compiled: CompiledModel) -> dict[str, Any]:
     """Regions, steps and kernels over all variants compiled so far."""
-    counts = {"regions": 0, "steps": 0, "kernel launches": 0, "distinct kernels": 0, "eager parts": 0}
+    counts = {"regions": 0, "steps": 0, "distinct kernels": 0, "eager parts": 0}
     for variant in compiled.variants.values():
         if variant.compiled is None or variant.compiled.spec is None:
             continue
         spec, graph = variant.compiled.spec, variant.compiled.graph
         counts["regions"] += sum(find_fact(node, Region) is not None for node in graph.graph.nodes)
         counts["steps"] += len(spec.steps)
-        counts["kernel launches"] += sum(1 for _ in kernel_steps(spec.steps))
         counts["distinct kernels"] += len(distinct_sources(spec))
         counts["eager parts"] += sum(isinstance(step, EagerStep) for step in spec.steps)
     return counts

@@ -7,6 +7,10 @@ softmax;
 all other work stays on real tokens.
 """
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +66,30 @@ def export_onnx(gm: GraphModule, path: Path) -> None:
         named = {BATCH: "batch", SEQ: "length"}
         dims.append({axis: named[size] for axis, size in enumerate(spec.shape) if size in named})
     try:
-        program = torch.onnx.export(
-            _Plain(gm).eval(),
-            tuple(example),
-            input_names=[spec.name for spec in found.inputs],
-            output_names=list(found.output.names),
-            dynamic_shapes=(tuple(dims),),
-            dynamo=True,
-            verbose=False,
-        )
+        with _quiet():
+            program = torch.onnx.export(
+                _Plain(gm).eval(),
+                tuple(example),
+                input_names=[spec.name for spec in found.inputs],
+                output_names=list(found.output.names),
+                dynamic_shapes=(tuple(dims),),
+                dynamo=True,
+                verbose=False,
+            )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ArtifactError(f"cannot export '{found.name}' to ONNX", why=str(error).splitlines()[0]) from error
     assert program is not None
     program.save(str(path), external_data=None)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter logs what is no concern of the user: vision packages it misses, its own deprecated calls."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
