@@ -148,7 +148,7 @@ def demo(
     opt_level: Level = 2,
     batch: Annotated[int, typer.Option(min=1, help="passages in one call")] = 32,
     rounds: Annotated[int, typer.Option(min=1, help="timed rounds over the passages")] = 3,
-    query: Annotated[str, typer.Option(help="what to look for")] = "a boy with a sling defeats a giant warrior",
+    query: Annotated[str, typer.Option(help="what to look for")] = "a man is swallowed by a great fish",
     as_json: Json = False,
 ) -> None:
     """Compile MiniLM-L6, embed the sample passages, compare with eager, and find passages."""

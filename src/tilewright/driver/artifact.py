@@ -18,7 +18,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tilewright
-from tilewright.codegen.assemble import assemble
 from tilewright.driver.compile import CompiledGraph, load
 from tilewright.driver.compiled import CompiledModel, Variant
 from tilewright.driver.kernels import distinct_sources
@@ -113,11 +112,12 @@ class LoadedModel(CompiledModel):
         self.changed_kernels: list[str] = []
         for data in graphs:
             gm = graph_from_json(data, tensors)
-            spec = assemble(gm)
             stats = Stats(compilations=1)
+            program = load(gm, stats)
+            spec = program.spec
             texts = {source.name: source.text for source in distinct_sources(spec)}
             self.changed_kernels += [name for name, text in texts.items() if stored.get(name) != text]
-            compiled = CompiledGraph(gm, (), spec, load(spec, stats), stats)
+            compiled = CompiledGraph(gm, (), spec, program, stats)
             self._variants[CallSignature.from_json(data["signature"])] = Variant(compiled, info(gm))
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:

@@ -1,5 +1,6 @@
 """``tilewright.compile`` and the way from one captured graph to a program."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +11,18 @@ from torch.fx import GraphModule, Interpreter
 
 from tilewright import settings
 from tilewright.codegen.assemble import assemble
+from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.emit import emit_region
+from tilewright.codegen.region_call import RegionCall
 from tilewright.driver.compiled import CompiledModel
-from tilewright.driver.kernels import Progress, build_kernels
+from tilewright.driver.kernels import Progress, build_kernels, kernel_steps
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.tuning import measurements_for
+from tilewright.errors import CodegenError
 from tilewright.ir.graph import Level
+from tilewright.ir.kernels import KernelSource
 from tilewright.ir.measurements import Measurements
-from tilewright.ir.program import ProgramSpec
+from tilewright.ir.program import KernelStep, ProgramSpec, VendorLinear
 from tilewright.passes.base import Observer, PassRecord
 from tilewright.passes.observe import ArtifactWriter
 from tilewright.passes.pipeline import pipeline, run_pipeline
@@ -78,13 +84,12 @@ def compile(
 
     Returns:
         A callable that takes what the model takes and returns the same output class with the same fields. Masked
-        positions of
-        per-token outputs are 0.
+        positions of per-token outputs are 0.
 
     Raises:
         OptionError: an option has a value that is not a choice.
         CaptureError: the model is in training mode.
-        PackingRefused: ``unpad="on"`` and packing is not legal; the message names the node and the rule.
+        PackingRefused: ``unpad="on"`` and packing is not legal, or the model cannot be captured.
     """
     options = CompileOptions(dtype, opt_level, unpad, target, gemm, Path(cache_dir) if cache_dir else None)
     return CompiledModel(model, options)
@@ -113,8 +118,8 @@ def compile_graph(
         stats = Stats(compilations=1)
         if options.opt_level == 0:
             return CompiledGraph(gm, records, None, None, stats)
-        spec = assemble(gm)
-        return CompiledGraph(gm, records, spec, load(spec, stats, progress), stats)
+        program = load(gm, stats, progress)
+        return CompiledGraph(gm, records, program.spec, program, stats)
 
 
 def _run_passes(
@@ -138,11 +143,30 @@ def _compile_gemm(gm: GraphModule, variant: str) -> Program:
     """A normalized graph as a program with one GEMM variant."""
     passes = [each for each in pipeline(2, "off", variant) if each.ensures > Level.NORMALIZED]
     gm, _ = run_pipeline(gm, passes)
-    return load(assemble(gm), Stats())
+    return load(gm, Stats())
 
 
-def load(spec: ProgramSpec, stats: Stats, progress: Progress | None = None) -> Program:
-    """Builds the kernels of a program and makes it ready to run."""
+def load(gm: GraphModule, stats: Stats, progress: Progress | None = None) -> Program:
+    """Builds the kernels of a placed graph and makes its program ready to run.
+
+    A region whose kernel cannot be built runs eager, with the reason in the spec's ``notes`` and a warning.
+    """
     from tilewright.codegen.cpu.launch import launcher
 
-    return Program(spec, build_kernels(spec, progress), launcher(), stats)
+    failed: dict[KernelSource, str] = {}
+
+    def emit(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[KernelStep | VendorLinear, ...]:
+        steps = emit_region(call, builder, variant)
+        for step in kernel_steps(steps):
+            if step.kernel in failed:
+                raise CodegenError("its kernel cannot be built", where=call.name, why=failed[step.kernel])
+        return steps
+
+    while True:
+        spec = assemble(gm, emit)
+        built, broken = build_kernels(spec, progress)
+        if not broken:
+            return Program(spec, built, launcher(), stats)
+        for reason in broken.values():
+            warnings.warn(f"a kernel cannot be built, its part of the model runs eager: {reason}", stacklevel=2)
+        failed |= broken

@@ -1,17 +1,19 @@
 """The compiled model: called like the model it was made from."""
 
 import threading
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tilewright.driver.options import CompileOptions
-from tilewright.errors import CaptureError
+from tilewright.errors import CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.models.capture import capture, default_signature
-from tilewright.models.inputs import CallSignature, bind, example_inputs, signature_of
+from tilewright.models.export import model_line
+from tilewright.models.inputs import CallSignature, bind, example_inputs, other_sizes, signature_of
 from tilewright.runtime.stats import Stats
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class Variant:
     compiled: "CompiledGraph | None"
     info: GraphInfo | None
     reason: str = ""
+    warned: bool = False
 
 
 class CompiledModel:
@@ -72,11 +75,14 @@ class CompiledModel:
 
     @property
     def reasons(self) -> dict[str, str]:
-        """What was not done for the whole model, and why, by topic."""
+        """What was not done, and why, by topic; topics of other calls than the first compiled name the call."""
         found: dict[str, str] = {}
-        for signature, variant in self._variants.items():
+        for number, (signature, variant) in enumerate(self.variants.items()):
+            of_call = f" [{signature}]" if number else ""
             if variant.compiled is not None:
-                found |= info(variant.compiled.graph).reasons
+                found |= {f"{topic}{of_call}": why for topic, why in info(variant.compiled.graph).reasons.items()}
+                parts = variant.compiled.spec.notes["eager"] if variant.compiled.spec is not None else {}
+                found |= {f"eager part {part}{of_call}": why for part, why in parts.items()}
             if variant.reason:
                 found[f"eager: {signature}"] = variant.reason
         return found
@@ -100,12 +106,17 @@ class CompiledModel:
             The model's output class with the same fields; masked positions of per-token outputs are 0.
 
         Raises:
-            InputError: an argument does not fit: rank, shape of the mask, ids out of the vocabulary, too long.
+            InputError: an argument does not fit: rank, shape of the mask, ids out of the vocabulary, too long; or the
+                call runs eager and the model itself fails on it.
+            PackingRefused: ``unpad="on"``, and this call cannot be compiled or its padding not removed.
         """
         signature = self._signature(args, kwargs)
         variant = self._variants.get(signature) or self._variant(signature, (args, kwargs))
         if variant.compiled is None or variant.info is None:
-            return self._run_eager(args, kwargs)
+            return self._run_eager(signature, variant, args, kwargs)
+        misfit = other_sizes(signature, variant.info, args, kwargs)
+        if misfit and self.model is not None:
+            return self._run_eager(signature, replace(variant, reason=misfit), args, kwargs)
         tensors = bind(signature, variant.info, args, kwargs)
         return variant.info.output.build(variant.compiled(*tensors))
 
@@ -120,11 +131,33 @@ class CompiledModel:
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
         return signature_of(self.model, args, kwargs)
 
-    def _run_eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_eager(
+        self, signature: CallSignature, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if self.options.unpad == "on":
+            raise PackingRefused(
+                "this call would run eager, with its padding", why=variant.reason, hint="unpad='auto' allows it"
+            )
+        try:
+            with torch.no_grad():
+                result = self.model(*args, **kwargs)
+        except Exception as error:
+            if variant.compiled is None:
+                # It may have been captured in vain because of these very arguments: a correct call tries again.
+                with self._lock:
+                    self._variants.pop(signature, None)
+            raise InputError(
+                "the model itself fails on this call",
+                where=model_line(error),
+                why=f"{type(error).__name__}: {error}",
+                hint=f"call it as the model's documentation says; it was not compiled because: {variant.reason}",
+            ) from error
         self._fallbacks.calls += 1
         self._fallbacks.fallbacks += 1
-        with torch.no_grad():
-            return self.model(*args, **kwargs)
+        if not variant.warned:
+            variant.warned = True
+            warnings.warn(f"tilewright runs a call as it was: {variant.reason}", RuntimeWarning, stacklevel=3)
+        return result
 
     def _variant(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
         with self._lock:
@@ -144,6 +177,8 @@ class CompiledModel:
         try:
             gm = capture(self.model, signature, example, dtype=self.options.dtype)
         except CaptureError as error:
+            if self.options.unpad == "on":
+                raise PackingRefused("padding cannot be removed: the model cannot be captured", why=str(error)) from error
             return Variant(None, None, str(error))
         compiled = compile_graph(gm, self.options, observers=self._observers, progress=self._progress)
         return Variant(compiled, info(compiled.graph))

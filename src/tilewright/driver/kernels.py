@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 
+from tilewright.errors import CodegenError, UnsupportedOp
 from tilewright.ir.kernels import BuiltKernel, KernelSource
 from tilewright.ir.program import Choice, KernelStep, ProgramSpec, Step
 
@@ -23,23 +24,29 @@ def distinct_sources(spec: ProgramSpec) -> list[KernelSource]:
     return list(dict.fromkeys(step.kernel for step in kernel_steps(spec.steps)))
 
 
-def build_kernels(spec: ProgramSpec, progress: Progress | None = None) -> dict[KernelSource, BuiltKernel]:
+def build_kernels(
+    spec: ProgramSpec, progress: Progress | None = None
+) -> tuple[dict[KernelSource, BuiltKernel], dict[KernelSource, str]]:
     """Builds every distinct kernel of the program, from the cache where it is there.
 
     Args:
         progress: called before each kernel with (number done, number in all, kernel name).
 
-    Raises:
-        UnsupportedOp: a kernel uses an operation the CPU backend cannot run.
+    Returns:
+        The built kernels; and those that cannot be built, with the reason.
     """
     from tilewright.codegen.cpu.build import build
 
     sources = distinct_sources(spec)
     built: dict[KernelSource, BuiltKernel] = {}
+    failed: dict[KernelSource, str] = {}
     for done, source in enumerate(sources):
         if progress is not None:
             progress(done, len(sources), source.name)
-        built[source] = build(source)
+        try:
+            built[source] = build(source)
+        except (CodegenError, UnsupportedOp) as error:
+            failed[source] = str(error)
     if progress is not None:
         progress(len(sources), len(sources), "")
-    return built
+    return built, failed
