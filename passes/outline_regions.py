@@ -115,7 +115,8 @@ class _Outer:
         for place, (inside, outside) in enumerate(results.items()):
             if outside is None:
                 continue
-            item = self.graph.call_function(operator.getitem, (call, place))
+            # Named as before, so that readers, reasons and programs know it by the same name.
+            item = self.graph.create_node("call_function", operator.getitem, (call, place), name=outside.name)
             set_fact(item, fact(inside, TensorType))
             copy_origin(outside, item, OutlineRegions.name)
             self.new[outside] = item
