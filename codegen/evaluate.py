@@ -114,6 +114,10 @@ class Evaluator:
         pointer = writer.pointer(view, dtype, hint)
         where_true = [mask] if (mask := writer.mask(deps)) else []
         for guard in self._guards:
+            # What is one place for a whole tile is an axis of size 1: inside whatever the guard says, and a scalar
+            # address takes no mask of a tile.
+            if writer.axes(guard.deps) and not writer.axes(place.deps):
+                continue
             where_true.append(guard.text)
             deps |= guard.deps
         address = f"{pointer} + {writer.index_text(place)}" if place != constant(0) else pointer

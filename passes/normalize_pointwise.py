@@ -157,6 +157,23 @@ def _addc(rw: Rewriter, node: Node) -> Node | None:
     return rw.call(node, aten.add.Tensor, operand(node), part, type=fact(node, TensorType))
 
 
+@_rule(aten.addmm.default, aten.baddbmm.default)
+def _scaled_product(rw: Rewriter, node: Node) -> Node | None:
+    """beta * x + alpha * (a @ b) written out where there are factors, or where the product is one of batches."""
+    start, first, second = node.args[:3]
+    beta, alpha = argument(node, 3, "beta", 1), argument(node, 4, "alpha", 1)
+    if node.target is aten.addmm.default and alpha == beta == 1:
+        return None
+    type_ = fact(node, TensorType)
+    plain = aten.mm.default if node.target is aten.addmm.default else aten.bmm.default
+    product = rw.call(node, plain, first, second, type=type_)
+    product = product if alpha == 1 else rw.call(node, aten.mul.Tensor, product, alpha, type=type_)
+    if beta == 0:  # as in torch: what is multiplied by 0 is not read, NaN or not
+        return product
+    start = start if beta == 1 else rw.call(node, aten.mul.Tensor, start, beta)
+    return rw.call(node, aten.add.Tensor, product, start, type=type_)
+
+
 @_rule(
     aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default,
     aten.float.default if hasattr(aten, "float") else aten.to.dtype, CONVERT,
@@ -199,23 +216,31 @@ def _reduce(rw: Rewriter, node: Node) -> Node | None:
     rank, given = rank_of(source), argument(node, 1, "dim")
     given = [given] if isinstance(given, int) else given or list(range(rank))
     axes, keep = sorted(a % rank for a in given), argument(node, 2, "keepdim", False)
-    if node.target in (aten.mean.dim, aten.sum.dim_IntList) and dtype_of(source) != dtype_of(node):
-        source = rw.call(node, CONVERT, source, dtype_of(node))
+    if node.target in (aten.mean.dim, aten.sum.dim_IntList):
+        return _accumulate(rw, node, source, axes, keep)
     if node.args == (source, axes, keep) and not node.kwargs:
         return None
     return rw.call(node, node.target, source, axes, keep, type=fact(node, TensorType))
+
+
+def _accumulate(rw: Rewriter, node: Node, source: Node, *args: Any) -> Node | None:
+    """The op without its ``dtype``, its operand converted before; sums of integers are int64, converted after."""
+    type_ = fact(node, TensorType)
+    narrow = not type_.dtype.is_floating_point and type_.dtype != torch.int64
+    wide = TensorType(type_.shape, torch.int64) if narrow else type_
+    if dtype_of(source) != wide.dtype:
+        source = rw.call(node, CONVERT, source, wide.dtype)
+    if node.args == (source, *args) and not node.kwargs:
+        return None
+    total = rw.call(node, node.target, source, *args, type=wide)
+    return rw.call(node, CONVERT, total, type_.dtype, type=type_) if narrow else total
 
 
 @_rule(aten.cumsum.default)
 def _cumsum(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)
     axis = int(argument(node, 1, "dim")) % rank_of(source)
-    axis = -1 if axis == rank_of(source) - 1 else axis
-    if dtype_of(source) != dtype_of(node):
-        source = rw.call(node, CONVERT, source, dtype_of(node))
-    if node.args == (source, axis) and not node.kwargs:
-        return None
-    return rw.call(node, aten.cumsum.default, source, axis, type=fact(node, TensorType))
+    return _accumulate(rw, node, source, -1 if axis == rank_of(source) - 1 else axis)
 
 
 @_rule(aten.arange.default, aten.arange.start, aten.arange.start_step)
@@ -265,8 +290,3 @@ def _full(rw: Rewriter, node: Node) -> Node | None:
     if node.target is aten.full.default and node.args == (sizes, value) and node.kwargs == kwargs:
         return None
     return rw.call(node, aten.full.default, sizes, value, type=type_, **kwargs)
-
-
-def is_lowest(value: Any) -> bool:
-    """True for a number that stands for "may not attend": -inf, or about the lowest finite number of a float type."""
-    return isinstance(value, int | float) and (value <= -1e4)

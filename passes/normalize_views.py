@@ -176,7 +176,7 @@ def _slice(rw: Rewriter, node: Node) -> Node | None:
     start, end, step = argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
     old, new = shape_of(source)[axis], shape_of(node)[axis]
     start = 0 if start is None else start
-    if start == 0 and step == 1 and old == new:
+    if step == 1 and old == new:  # as many as there are: all of them, wherever the start is counted from
         return source
     if isinstance(old, int) and isinstance(start, int):
         start = max(0, start + old if start < 0 else start)
@@ -203,8 +203,9 @@ def _select(rw: Rewriter, node: Node) -> Node | None:
 
 @_rule(aten.cat.default)
 def _cat(rw: Rewriter, node: Node) -> Node | None:
-    parts = list(operand(node))
     axis = _axis(argument(node, 1, "dim", 0), rank_of(node))
+    # torch takes an empty tensor of one axis beside any others and ignores it.
+    parts = [part for part in operand(node) if shape_of(part) != (0,)] or list(operand(node))
     if len(parts) == 1:
         return parts[0]
     if node.args == (parts, axis):

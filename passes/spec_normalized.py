@@ -31,7 +31,7 @@ def _named(*names: str) -> frozenset[Any]:
 _OTHER_VIEWS = _named(
     *("view", "_unsafe_view", "transpose.int", "t", "numpy_T", "flatten.using_ints", "unflatten.int", "contiguous"),
     *("alias", "detach", "squeeze", "squeeze.dim", "movedim.int", "narrow", "chunk", "split.Tensor", "unbind.int"),
-    *("split_with_sizes", "expand_as", "view_as", "reshape_as", "swapaxes", "select_scatter", "lift_fresh_copy"),
+    *("split_with_sizes", "expand_as", "view_as", "reshape_as", "swapaxes", "lift_fresh_copy"),
 )
 _SCALAR_FORMS = _named(
     "add.Scalar", "sub.Scalar", "mul.Scalar", "div.Scalar", "rsub.Scalar", "rsub.Tensor", "subtract.Tensor"

@@ -237,3 +237,12 @@ def test_names_of_values_do_not_meet_those_of_the_scatter() -> None:
     index = packing.pack_index(valid, False)[0]
     tensors = [torch.randn(len(index), 5), torch.randn(len(index), 6), index, valid]
     assert_matches(gm, tensors, {BATCH: 3, SEQ: 4, TOKENS: len(index)}, 0)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_concatenated_columns_of_one_place(rows: int) -> None:
+    """The address of a column of size 1 is a scalar in a tile of columns, and takes no mask of the tile."""
+    body = Body()
+    first, wide, last = body.input((1, 1)), body.input((TOKENS, 9)), body.input((TOKENS, 1))
+    gm = body.module(body.call(aten.cat.default, [last, wide, body.call(aten.mul.Tensor, last, first)], 1))
+    assert_matches(gm, [torch.randn(1, 1), torch.randn(rows, 9), torch.randn(rows, 1)], {TOKENS: rows}, 1e-6)
