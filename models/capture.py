@@ -1,6 +1,7 @@
 """Capture: a model becomes a graph at level exported."""
 
 import copy
+import threading
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch.fx import GraphModule
 
 from tilewright.errors import CaptureError
 from tilewright.ir.facts import where
-from tilewright.ir.graph import update_info
+from tilewright.ir.graph import info, update_info
 from tilewright.models.export import example_sizes, graph_of, run_export
 from tilewright.models.inputs import (
     CallSignature,
@@ -23,6 +24,8 @@ from tilewright.models.inputs import (
     signature_of,
 )
 
+# Tracing sets the attention implementation of the model's configuration, and torch.export has state of its own.
+_tracing = threading.RLock()
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
@@ -80,7 +83,8 @@ def capture(
     if signature.obstacle:
         raise CaptureError(f"this call of {name} cannot be captured", why=signature.obstacle, hint="it runs as it was")
     source = model if dtype is None else cast_copy(model, dtype)
-    gm, tried = _trace(source, signature, example, name)
+    with _tracing:
+        gm, tried = _trace(source, signature, example, name)
     return _with_reasons(gm, tried, model, signature)
 
 
@@ -116,6 +120,7 @@ def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) 
                     program = run_export(model, args, kwargs, dynamic)
                     gm = graph_of(program, defaults=defaults, validity=validity, name=name)
                     _check_masks(gm)
+                    _check_symbolic(gm, kwargs, dynamic, stretched)
                     return gm, tried
                 except CaptureError as caught:
                     error = error or caught
@@ -156,7 +161,9 @@ def example_call(
         if tensor is None:
             tensor = _made_up(argument, first, batch, length)
         lengths = tuple(
-            axis for axis in range(1, tensor.dim()) if tensor.shape[axis] == extent and (axis == 1 or tensor.dim() == 4)
+            axis
+            for axis in range(1, tensor.dim())
+            if tensor.shape[axis] == extent and (axis == 1 or tensor.dim() == 4) and axis not in argument.ones
         )
         axes = (0, *lengths) if tensor.dim() else ()
         for axis in axes:
@@ -205,6 +212,25 @@ def _check_masks(gm: GraphModule) -> None:
         for user in valid.users if valid is not None else ():
             if user.target is not node.target:
                 raise CaptureError("the model computes with its attention mask outside attention", where=where(user))
+
+
+def _check_symbolic(
+    gm: GraphModule, tensors: Mapping[str, Any], dynamic: Mapping[int, tuple[int, ...]], stretched: tuple[int, ...]
+) -> None:
+    """A graph made for sizes that were made up is of no use.
+
+    Raises:
+        CaptureError: the trace depends on a size that should have stayed symbolic.
+    """
+    for spec in info(gm).inputs:
+        for axis in dynamic.get(id(tensors.get(spec.name)), ()):
+            if min(axis, 1) in stretched and isinstance(spec.shape[axis], int):
+                raise CaptureError(
+                    f"the model computes with the {'length' if axis else 'batch size'} as a number",
+                    where=f"axis {axis} of input '{spec.name}'",
+                    why=f"a graph of it would hold for the size {spec.shape[axis]} alone",
+                    hint="no Python branch may depend on sizes; the model runs as it was",
+                )
 
 
 def _is_pretrained(model: Any) -> bool:

@@ -87,14 +87,14 @@ def run_export(
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be traced",
-            where=_model_line(error),
+            where=model_line(error),
             why=f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}",
             hint="no Python branch may depend on the values of tensors; the model runs as it was",
         ) from error
     return program
 
 
-def _model_line(error: BaseException) -> str | None:
+def model_line(error: BaseException) -> str | None:
     """Innermost line outside torch that the error passed through."""
     found, trace = None, error.__traceback__
     while trace is not None:

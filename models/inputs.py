@@ -26,11 +26,20 @@ _CONVERTIBLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True)
 class TensorArgument:
-    """A tensor argument of a call: its name, number of axes, and kind ("integer", "float", "bool")."""
+    """A tensor argument of a call.
+
+    Attributes:
+        name: of the parameter.
+        ndim: number of axes.
+        kind: "integer", "float" or "bool".
+        ones: of a tensor with four axes, those after the batch that have size 1: a mask [B, 1, 1, S] and one
+            [B, 1, S, S] mean different graphs.
+    """
 
     name: str
     ndim: int
     kind: str
+    ones: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,12 +59,13 @@ class CallSignature:
     parameters: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
-        return ", ".join([t.name for t in self.tensors] + [f"{name}={value!r}" for name, value in self.statics])
+        tensors = [t.name if t.ndim < 4 else f"{t.name} of {t.ndim} axes" for t in self.tensors]
+        return ", ".join(tensors + [f"{name}={value!r}" for name, value in self.statics])
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; only signatures whose statics are numbers, strings and booleans can be stored."""
         return {
-            "tensors": [[t.name, t.ndim, t.kind] for t in self.tensors],
+            "tensors": [[t.name, t.ndim, t.kind, list(t.ones)] for t in self.tensors],
             "statics": [list(item) for item in self.statics],
             "parameters": list(self.parameters),
         }
@@ -64,7 +74,7 @@ class CallSignature:
     def from_json(data: Mapping[str, Any]) -> "CallSignature":
         """Reads what ``to_json`` wrote."""
         return CallSignature(
-            tuple(TensorArgument(*item) for item in data["tensors"]),
+            tuple(TensorArgument(name, ndim, kind, tuple(ones)) for name, ndim, kind, ones in data["tensors"]),
             tuple((name, value) for name, value in data["statics"]),
             parameters=tuple(data["parameters"]),
         )
@@ -134,7 +144,8 @@ def signature_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         if value is None:
             continue
         if isinstance(value, Tensor):
-            tensors[name] = TensorArgument(name, value.dim(), _kind(value.dtype))
+            ones = tuple(axis for axis in range(1, 4) if value.shape[axis] == 1) if value.dim() == 4 else ()
+            tensors[name] = TensorArgument(name, value.dim(), _kind(value.dtype), ones)
         elif isinstance(value, bool | int | float | str | torch.dtype):
             if name not in parameters.defaults or parameters.defaults[name] != value:
                 statics[name] = value
@@ -186,8 +197,7 @@ def bind(signature: CallSignature, info: GraphInfo, args: tuple[Any, ...], kwarg
         InputError: an argument is missing or has the wrong rank, size, dtype or values; the batch is empty; the
             length is beyond a table of the model.
     """
-    named = dict(zip(signature.parameters, args, strict=False)) | dict(kwargs)
-    tensors: list[Tensor | None] = [named.get(spec.name) for spec in info.inputs]
+    tensors: list[Tensor | None] = _given(signature, info, args, kwargs)
     sizes: dict[sympy.Symbol, int] = {}
     for spec, tensor in zip(info.inputs, tensors, strict=True):
         if tensor is not None:
@@ -207,6 +217,25 @@ def bind(signature: CallSignature, info: GraphInfo, args: tuple[Any, ...], kwarg
             tensor = tensor.expand(shape)
         bound.append(_convert(spec, tensor).contiguous())
     return bound
+
+
+def other_sizes(signature: CallSignature, info: GraphInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """Why the graph, made for some constant sizes, does not take this call; "" when it does."""
+    for spec, tensor in zip(info.inputs, _given(signature, info, args, kwargs), strict=True):
+        shape = tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+        if len(shape) == len(spec.shape) and any(
+            isinstance(size, int) and size != given for size, given in zip(spec.shape, shape, strict=True)
+        ):
+            return f"the graph was traced for '{spec.name}' of shape {_shape_text(spec.shape)}, and this is {shape}"
+    return ""
+
+
+def _given(
+    signature: CallSignature, info: GraphInfo, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[Any | None]:
+    """The arguments that stand for the graph's inputs, None where left out."""
+    named = dict(zip(signature.parameters, args, strict=False)) | dict(kwargs)
+    return [named.get(spec.name) for spec in info.inputs]
 
 
 def example_inputs(info: GraphInfo, batch: int = 1, length: int = 1) -> list[Tensor]:
@@ -231,6 +260,12 @@ def _kind(dtype: torch.dtype) -> str:
 def _read_sizes(spec: InputSpec, tensor: Tensor, sizes: dict[sympy.Symbol, int]) -> None:
     if not isinstance(tensor, Tensor):
         raise InputError(f"argument '{spec.name}' is not a tensor", why=f"it is a {type(tensor).__name__}")
+    if tensor.layout != torch.strided or not tensor.is_cpu:
+        raise InputError(
+            f"argument '{spec.name}' is not a dense tensor on the CPU",
+            why=f"its layout is {tensor.layout}, its device {tensor.device}",
+            hint="call .to_dense() or .cpu() first",
+        )
     if tensor.dim() != len(spec.shape):
         hint = "pass one row a sequence, e.g. ids[None]" if tensor.dim() == len(spec.shape) - 1 else ""
         raise InputError(
@@ -291,7 +326,7 @@ def _convert(spec: InputSpec, tensor: Tensor) -> Tensor:
             raise InputError(
                 f"argument '{spec.name}' holds {low if low < 0 else high}, outside 0..{spec.vocab - 1}",
                 why=f"it indexes a table of {spec.vocab} rows",
-                hint="is the tokenizer the one of this model?",
+                hint="is the tokenizer the one of this model, and is each position or type one it has?",
             )
     return tensor
 

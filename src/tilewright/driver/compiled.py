@@ -11,6 +11,7 @@ import torch
 from tilewright.driver.options import CompileOptions
 from tilewright.errors import CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
+from tilewright.ir.program import EagerStep
 from tilewright.models.capture import capture, default_signature
 from tilewright.models.export import model_line
 from tilewright.models.inputs import CallSignature, bind, example_inputs, other_sizes, signature_of
@@ -81,8 +82,9 @@ class CompiledModel:
             of_call = f" [{signature}]" if number else ""
             if variant.compiled is not None:
                 found |= {f"{topic}{of_call}": why for topic, why in info(variant.compiled.graph).reasons.items()}
-                parts = variant.compiled.spec.notes["eager"] if variant.compiled.spec is not None else {}
-                found |= {f"eager part {part}{of_call}": why for part, why in parts.items()}
+                steps = variant.compiled.spec.steps if variant.compiled.spec is not None else ()
+                eager = [step for step in steps if isinstance(step, EagerStep)]
+                found |= {f"eager part '{', '.join(step.origin)}'{of_call}": step.reason for step in eager}
             if variant.reason:
                 found[f"eager: {signature}"] = variant.reason
         return found
@@ -150,7 +152,7 @@ class CompiledModel:
                 "the model itself fails on this call",
                 where=model_line(error),
                 why=f"{type(error).__name__}: {error}",
-                hint=f"call it as the model's documentation says; it was not compiled because: {variant.reason}",
+                hint=signature.obstacle or "call it as the model's documentation says",
             ) from error
         self._fallbacks.calls += 1
         self._fallbacks.fallbacks += 1
@@ -178,7 +180,9 @@ class CompiledModel:
             gm = capture(self.model, signature, example, dtype=self.options.dtype)
         except CaptureError as error:
             if self.options.unpad == "on":
-                raise PackingRefused("padding cannot be removed: the model cannot be captured", why=str(error)) from error
+                raise PackingRefused(
+                    "padding cannot be removed: the model cannot be captured", why=str(error)
+                ) from error
             return Variant(None, None, str(error))
         compiled = compile_graph(gm, self.options, observers=self._observers, progress=self._progress)
         return Variant(compiled, info(compiled.graph))
