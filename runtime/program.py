@@ -123,6 +123,11 @@ class Program:
         return sum(phase.plan.bytes_without_reuse(sizes[: len(phase.symbols)]) for phase in self._phases)
 
     @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The stretches between reads of the number of tokens, each with its memory plan."""
+        return tuple(self._phases)
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of arena that are kept for the next calls: the largest need so far."""
         return sum(workspace.bytes for workspace in self._idle)
