@@ -7,12 +7,14 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.export import ExportedProgram
 
 from tilewright.driver.options import CompileOptions
 from tilewright.errors import CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.ir.program import EagerStep
-from tilewright.models.capture import capture, default_signature
+from tilewright.models.capture import capture, cast_copy, default_signature, refuse_training
 from tilewright.models.export import model_line
 from tilewright.models.inputs import CallSignature, bind, example_inputs, other_sizes, signature_of
 from tilewright.runtime.stats import Stats
@@ -59,6 +61,7 @@ class CompiledModel:
         self._progress = progress
         self._variants: dict[CallSignature, Variant] = {}
         self._fallbacks = Stats()
+        self._eager: Any = None
         self._lock = threading.RLock()
         usual = default_signature(model)
         if usual is not None:
@@ -142,7 +145,7 @@ class CompiledModel:
             )
         try:
             with torch.no_grad():
-                result = self.model(*args, **kwargs)
+                result = self._eager_model()(*args, **kwargs)
         except Exception as error:
             if variant.compiled is None:
                 # It may have been captured in vain because of these very arguments: a correct call tries again.
@@ -161,6 +164,15 @@ class CompiledModel:
             warnings.warn(f"tilewright runs a call as it was: {variant.reason}", RuntimeWarning, stacklevel=3)
         return result
 
+    def _eager_model(self) -> Any:
+        """What runs calls that are not compiled: the model, in the dtype asked for."""
+        with self._lock:
+            if self._eager is None:
+                self._eager = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
+                if self.options.dtype is not None and isinstance(self._eager, nn.Module):
+                    self._eager = cast_copy(self._eager, self.options.dtype)
+            return self._eager
+
     def _variant(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
         with self._lock:
             if signature not in self._variants:
@@ -170,12 +182,7 @@ class CompiledModel:
     def _compile(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
         from tilewright.driver.compile import compile_graph
 
-        if getattr(self.model, "training", False):
-            raise CaptureError(
-                "the model is in training mode",
-                why="dropout would be compiled away and the result would differ from the model's",
-                hint="call model.eval() first",
-            )
+        refuse_training(self.model)
         try:
             gm = capture(self.model, signature, example, dtype=self.options.dtype)
         except CaptureError as error:
