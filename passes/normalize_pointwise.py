@@ -1,6 +1,5 @@
 """One spelling for elementwise ops, conversions and tensors made from sizes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,20 +9,13 @@ from torch.fx import GraphModule, Node
 from tilewright.ir.facts import TensorType, fact
 from tilewright.ir.graph import Level, get_tensor
 from tilewright.passes.base import Pass, PassResult
-from tilewright.passes.rewrite import Rewriter, argument, dtype_of, erase_dead, is_call, operand, rank_of
+from tilewright.passes.rewrite import Rewriter, argument, dtype_of, is_call, operand, rank_of
+from tilewright.passes.rule_table import RuleTable
 
 aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
-Rule = Callable[[Rewriter, Node], Node | None]
-_RULES: dict[Any, Rule] = {}
-
-
-def _rule(*targets: Any) -> Callable[[Rule], Rule]:
-    def add(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(targets, function))
-        return function
-
-    return add
+_TABLE = RuleTable()
+_rule = _TABLE.rule
 
 
 @dataclass(frozen=True)
@@ -35,15 +27,7 @@ class NormalizePointwise(Pass):
     ensures: ClassVar[Level] = Level.EXPORTED
 
     def run(self, gm: GraphModule) -> PassResult:
-        rw = Rewriter(gm, self.name)
-        for node in list(gm.graph.nodes):
-            rule = _RULES.get(node.target) if node.op == "call_function" else None
-            new = rule(rw, node) if rule else None
-            if new is not None and new is not node:
-                rw.replace(node, new)
-        dead = erase_dead(gm)
-        gm.recompile()
-        return PassResult(gm, bool(rw.changes or dead), {"pointwise": rw.changes})
+        return _TABLE.apply(gm, self.name, "pointwise")
 
 
 _RENAMED: dict[Any, Any] = {

@@ -1,6 +1,5 @@
 """One spelling for ops that only move elements; those that move nothing are removed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,19 +10,12 @@ from tilewright.ir.facts import TensorType, TupleType, fact
 from tilewright.ir.graph import Level
 from tilewright.ir.sizes import Size
 from tilewright.passes.base import Pass, PassResult
-from tilewright.passes.rewrite import Rewriter, argument, erase_dead, is_call, operand, rank_of, shape_of, size_value
+from tilewright.passes.rewrite import Rewriter, argument, is_call, operand, rank_of, shape_of, size_value
+from tilewright.passes.rule_table import RuleTable
 
 aten = torch.ops.aten
-Rule = Callable[[Rewriter, Node], Node | None]
-_RULES: dict[Any, Rule] = {}
-
-
-def _rule(*targets: Any) -> Callable[[Rule], Rule]:
-    def add(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(targets, function))
-        return function
-
-    return add
+_TABLE = RuleTable()
+_rule = _TABLE.rule
 
 
 @dataclass(frozen=True)
@@ -35,15 +27,7 @@ class NormalizeViews(Pass):
     ensures: ClassVar[Level] = Level.EXPORTED
 
     def run(self, gm: GraphModule) -> PassResult:
-        rw = Rewriter(gm, self.name)
-        for node in list(gm.graph.nodes):
-            rule = _RULES.get(node.target) if node.op == "call_function" else None
-            new = rule(rw, node) if rule else None
-            if new is not None and new is not node:
-                rw.replace(node, new)
-        dead = erase_dead(gm)
-        gm.recompile()
-        return PassResult(gm, bool(rw.changes or dead), {"views": rw.changes})
+        return _TABLE.apply(gm, self.name, "views")
 
 
 def _axis(axis: Any, rank: int) -> int:
