@@ -1,6 +1,5 @@
 """Times GEMM variants on this machine, for the tables that ``passes.specialize`` makes."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,7 +20,7 @@ def measure_gemm(
         budget_s: seconds to spend in all; every pair is run at least three times whatever the budget.
 
     Returns:
-        For each variant, (rows, median seconds), sorted by rows: the form ``tilewright.ir.measurements`` keeps.
+        For each variant, (rows, least seconds), sorted by rows: the form ``tilewright.ir.measurements`` keeps.
     """
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in variants}
     ordered = sorted(set(rows))
@@ -35,7 +34,7 @@ def measure_gemm(
 
 
 def _interleave(runs: Mapping[str, Callable[[], None]], budget_s: float) -> dict[str, float]:
-    """Median seconds of each run, after one untimed turn that touches its memory."""
+    """Least seconds of each run, after one untimed turn: what disturbs a run only ever adds to its time."""
     end = time.perf_counter() + budget_s
     for run in runs.values():
         run()
@@ -47,4 +46,4 @@ def _interleave(runs: Mapping[str, Callable[[], None]], budget_s: float) -> dict
             begin = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: min(each) for name, each in times.items()}
