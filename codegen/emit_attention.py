@@ -18,7 +18,7 @@ from tilewright.codegen.columns import define_columns, next_power_of_2
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.evaluate import Evaluator
-from tilewright.codegen.index import Index, constant, linear, reshape, same_count, variable
+from tilewright.codegen.index import Index, constant, linear, reshape, same_count, variable, without_ones
 from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments, compute_dtype, literal, size_of
 from tilewright.codegen.region_call import Inputs, RegionCall
@@ -296,11 +296,13 @@ class _Attention:
         name = self.writer.column_names[self.value_size]
         dv = variable(name, self.value_size)
         index = (place.row, place.head, dv) if self.packed else (place.sequence, place.row, place.head, dv)
-        position = linear(index, contiguous_strides(shape))
+        strides = contiguous_strides(shape)
+        position = linear(index, strides)
+        here = without_ones(index, shape)
         deps = position.deps
 
         def attention(at: tuple[Index, ...]) -> Register:
-            if linear(at, contiguous_strides(shape)) != position:
+            if linear(at, strides) != linear(here, strides):
                 raise CodegenError("an epilogue needs elements of other tiles", where=where(self.anchor))
             return Register("attention", self.compute, deps)
 
@@ -309,5 +311,5 @@ class _Attention:
             result = peel(node, view, self.inputs)
             if result.scatter is not None or not same_count(result.shape, shape):
                 raise CodegenError("a result of an attention region has another shape", where=where(node))
-            value = self.evaluator.value(result.node, reshape(index, result.shape, shape))
+            value = self.evaluator.value(result.node, reshape(here, result.shape, shape))
             store(self.writer, view, fact(result.node, TensorType).dtype, position, value)

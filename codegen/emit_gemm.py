@@ -15,7 +15,7 @@ from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.columns import define_columns
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.evaluate import Evaluator
-from tilewright.codegen.index import Index, linear, reshape, same_count, unravel
+from tilewright.codegen.index import Index, linear, reshape, same_count, unravel, without_ones
 from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments, compute_dtype
 from tilewright.codegen.region_call import Inputs, RegionCall
@@ -165,8 +165,9 @@ class _Product:
 
     def __call__(self, index: tuple[Index, ...]) -> Register:
         shape = fact(self.anchor, TensorType).shape
-        position = linear(index[:-1], contiguous_strides(shape[:-1]))
-        if position != self.row or index[-1] != self.column:
+        here = without_ones((*unravel(self.row, shape[:-1]), self.column), shape)
+        strides = contiguous_strides(shape)
+        if linear(index, strides) != linear(here, strides):
             raise CodegenError(
                 "an epilogue needs elements of other tiles", where=where(self.anchor), hint="cut the region there"
             )
@@ -235,7 +236,7 @@ def _store_result(evaluator: Evaluator, result: Result, anchor: Node, place: tup
     shape = fact(anchor, TensorType).shape
     if result.scatter is not None or not same_count(result.shape, shape):
         raise CodegenError("a result of a GEMM region has another shape than the product", where=where(result.node))
-    index = reshape(place, result.shape, shape)
+    index = reshape(without_ones(place, shape), result.shape, shape)
     value = evaluator.value(result.node, index)
     dtype = fact(result.node, TensorType).dtype
     store(evaluator.writer, result.view, dtype, linear(place, contiguous_strides(shape)), value)

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tilewright.codegen import reductions, views
-from tilewright.codegen.index import Index, constant, linear, variable
+from tilewright.codegen.index import Index, constant, linear, variable, without_ones
 from tilewright.codegen.nodes import arguments, compute_dtype, literal, op_name, role, size_of
 from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register
 from tilewright.errors import CodegenError
@@ -55,9 +55,7 @@ class Evaluator:
 
     def value(self, node: Node, index: tuple[Index, ...]) -> Register:
         """The node's value at an index of its shape, in the type it is held in (half types may be unconverted)."""
-        index = tuple(
-            constant(0) if size == 1 else part for part, size in zip(index, fact(node, TensorType).shape, strict=True)
-        )
+        index = without_ones(index, fact(node, TensorType).shape)
         deps = frozenset(name for part in index for name in part.deps)
         cache = self.writer.scope_of(deps | frozenset(n for g in self._guards for n in g.deps)).cache
         key = (node, index, tuple(guard.text for guard in self._guards))

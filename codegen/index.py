@@ -187,6 +187,11 @@ def reshape(index: Sequence[Index], old: Sequence[Size], new: Sequence[Size]) ->
     return unravel(linear(index, contiguous_strides(new)), old)
 
 
+def without_ones(index: Sequence[Index], shape: Sequence[Size]) -> tuple[Index, ...]:
+    """The same place with 0 along axes of size 1, whatever variable runs along them."""
+    return tuple(constant(0) if size == 1 else at for at, size in zip(index, shape, strict=True))
+
+
 def same_size(left: Size, right: Size) -> bool:
     """Whether two sizes are equal for all values of their symbols."""
     return left == right or sympy.expand(sympy.sympify(left) - right) == 0

@@ -79,6 +79,11 @@ def test_packed_one_token() -> None:
     packed(lengths(1))
 
 
+@pytest.mark.parametrize("sizes", [(24, 24), (8, 1)], ids=str)
+def test_packed_one_head(sizes: tuple[int, int]) -> None:
+    packed(lengths(9, 40), heads=(1, 1), sizes=sizes)
+
+
 @pytest.mark.parametrize("keep_first", [False, True])
 def test_packed_causal_left_padding(keep_first: bool) -> None:
     packed(lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), keep_first=keep_first)

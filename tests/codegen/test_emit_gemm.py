@@ -53,6 +53,12 @@ def test_epilogues_and_tails(rows: int, n: int, k: int, epilogue: str, variant: 
     check(linear_body(n, k, torch.float32, epilogue), rows, variant, 2e-6)
 
 
+@pytest.mark.parametrize("variant", ["triton", "triton_few", "vendor"])
+@pytest.mark.parametrize("epilogue", ["", "gelu", "residual"])
+def test_one_column(epilogue: str, variant: str) -> None:
+    check(linear_body(1, 70, torch.float32, epilogue), 37, variant, 2e-6)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
     check(linear_body(130, 96, dtype, "residual"), 65, "triton", FLOATS[dtype])
@@ -122,3 +128,15 @@ def test_an_epilogue_that_needs_other_tiles_is_refused() -> None:
     turned = body.call(aten.slice.Tensor, body.call(aten.cat.default, [out, out], 1), 1, 8, 40)
     with pytest.raises(CodegenError, match="other tiles"):
         emit(body.module(turned), Anchor.GEMM)
+
+
+@pytest.mark.parametrize("variant", ["triton", "triton_few", "vendor"])
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize(
+    ("lead", "n", "k"), [((), 9, 8), ((1,), 9, 8), ((TOKENS,), 1, 8), ((TOKENS,), 9, 1), ((1, 1), 1, 1)]
+)
+def test_axes_of_one_place(lead: tuple[object, ...], n: int, k: int, stored: bool, variant: str) -> None:
+    body = Body()
+    x, weight, bias = body.input((*lead, k)), body.input((n, k)), body.input((n,))
+    body.last = body.call(aten.gelu.default, body.call(aten.linear.default, x, weight, bias))  # type: ignore[attr-defined]
+    check(body, 21, variant, 2e-6, stored)
