@@ -110,9 +110,8 @@ def _kernel(
     acc_dtype = compute_dtype(source.dtype)
     _multiply(evaluator, builder, anchor, (row, column), k, tile)
     evaluator.bindings[anchor] = _Product(evaluator, anchor, row, column, acc_dtype)
-    place = (*unravel(row, kind.shape[:-1]), column)
     for node, view in results:
-        _store_result(evaluator, peel(node, view, inputs), anchor, place)
+        _store_result(evaluator, peel(node, view, inputs), anchor, row, column)
     return finish(
         writer,
         family="gemm",
@@ -198,8 +197,16 @@ def _multiply(
                 column = define_columns(writer, "ks", k, tile.k, "start", masked=end != whole)
                 index = (*unravel(place[0], source.shape[:-1]), column)
                 x = evaluator.raw(arguments(anchor)["input"], index, source.dtype)
+                left = _full_tile(writer, x, "BLOCK_M, BLOCK_KS")
                 w = weight.load(masked=end != whole)
-                writer.statement(f"acc = {dot(x.text, w, 'acc', source.dtype)}")
+                writer.statement(f"acc = {dot(left, w, 'acc', source.dtype)}")
+
+
+def _full_tile(writer: KernelWriter, value: Register, shape: str) -> str:
+    """Text of an operand in the shape ``tl.dot`` wants; along an axis of size 1 it has one place for all of them."""
+    if writer.axes(value.deps) == {0, 1}:
+        return value.text
+    return writer.emit(value.text, f"tl.broadcast_to({value.text}, [{shape}])", value.deps)
 
 
 class _Weight:
@@ -225,21 +232,24 @@ class _Weight:
             writer.statement(f"k_rows_mask = k_rows < {self.k}")
         down = writer.define(Var("k_rows", self.k, 0, "BLOCK_KS", "k_rows_mask" if masked else None))
         if self.panels is None:
-            return self.evaluator.raw(self.node, (self.column, down), self.dtype).text
+            loaded = self.evaluator.raw(self.node, (self.column, down), self.dtype)
+            return _full_tile(writer, loaded, "BLOCK_KS, BLOCK_N")
         mask = ", mask=k_rows_mask, other=0" if masked else ""
         address = "panel_ptr + k_rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]"
         return writer.emit("weight", f"tl.load({address}{mask})", down.deps)
 
 
-def _store_result(evaluator: Evaluator, result: Result, anchor: Node, place: tuple[Index, ...]) -> None:
+def _store_result(evaluator: Evaluator, result: Result, anchor: Node, row: Index, column: Index) -> None:
     """Stores the tile of a result, whose elements stand in the order of the product's."""
     shape = fact(anchor, TensorType).shape
     if result.scatter is not None or not same_count(result.shape, shape):
         raise CodegenError("a result of a GEMM region has another shape than the product", where=where(result.node))
+    place = (*unravel(row, shape[:-1]), column)
     index = reshape(without_ones(place, shape), result.shape, shape)
     value = evaluator.value(result.node, index)
     dtype = fact(result.node, TensorType).dtype
-    store(evaluator.writer, result.view, dtype, linear(place, contiguous_strides(shape)), value)
+    # By the tile's own variables, so that those of a tile beyond an axis of size 1 are masked.
+    store(evaluator.writer, result.view, dtype, row * shape[-1] + column, value)
 
 
 def _vendor(

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from tilewright.errors import CaptureError
+from tilewright.errors import CaptureError, InputError
 from tilewright.ir.facts import where
 from tilewright.ir.graph import info, update_info
-from tilewright.models.export import example_sizes, graph_of, run_export
+from tilewright.models.export import argument_names, example_sizes, graph_of, run_export
 from tilewright.models.inputs import (
     CallSignature,
     TensorArgument,
@@ -64,16 +64,7 @@ def capture(
     name = name or type(model).__name__
     if isinstance(model, ExportedProgram):
         return _capture_program(model, dtype, name)
-    if not isinstance(model, nn.Module):
-        raise CaptureError(
-            f"cannot capture a {type(model).__name__}", hint="give a torch.nn.Module or an ExportedProgram"
-        )
-    if model.training:
-        raise CaptureError(
-            "the model is in training mode",
-            why="dropout would be compiled away and the result would differ from the model's",
-            hint="call model.eval() first",
-        )
+    check_model(model)
     if signature is None:
         signature = signature_of(model, *example) if example is not None else default_signature(model)
     if signature is None:
@@ -86,6 +77,27 @@ def capture(
     with _tracing:
         gm, tried = _trace(source, signature, example, name)
     return _with_reasons(gm, tried, model, signature)
+
+
+def check_model(model: Any) -> None:
+    """Checks what is to be compiled. A graph has no mode: its dropout, if it is on, is refused where it is.
+
+    Raises:
+        CaptureError: the model is none, or is in training mode.
+    """
+    if not isinstance(model, nn.Module | ExportedProgram):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise CaptureError(
+            "this is no model",
+            why=f"it is {kind}",
+            hint="give a transformers model, a torch.nn.Module, an ExportedProgram or an fx.GraphModule",
+        )
+    if getattr(model, "training", False) and not isinstance(model, GraphModule):
+        raise CaptureError(
+            "the model is in training mode",
+            why="dropout would be compiled away and the result would differ from the model's",
+            hint="call model.eval() first",
+        )
 
 
 def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -113,20 +125,22 @@ def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) 
     validity = "attention_mask" if any(t.name == "attention_mask" and t.ndim == 2 for t in signature.tensors) else None
     error: CaptureError | None = None
     for choice in choices:
-        for stretched in ((0, 1), (0,), ()):
-            args, kwargs, dynamic = example_call(model, signature, example, stretched)
+        for stretched, short in (((0, 1), False), ((0, 1), True), ((0,), False), ((), False)):
+            args, kwargs, dynamic = example_call(model, signature, example, stretched, short)
             with attention_implementation(model, choice) if choice else nullcontext():
                 try:
                     program = run_export(model, args, kwargs, dynamic)
-                    gm = graph_of(program, defaults=defaults, validity=validity, name=name)
+                    gm = graph_of(program, defaults=defaults, validity=validity, model=name)
                     _check_masks(gm)
                     _check_symbolic(gm, kwargs, dynamic, stretched)
+                    if len(stretched) == 2:  # nothing is lost by having to try another length
+                        tried.pop(f"capture with {choice or 'own'} attention", None)
                     return gm, tried
                 except CaptureError as caught:
                     error = error or caught
                     how = f"{choice or 'own'} attention" + ("" if len(stretched) == 2 else ", the example's sizes")
-                    tried[f"capture with {how}"] = f"{caught.what}: {caught.why}"
-            if example is None:
+                    tried.setdefault(f"capture with {how}", f"{caught.what}: {caught.why}")
+            if example is None and short:
                 break
     assert error is not None
     raise error
@@ -137,17 +151,21 @@ def example_call(
     signature: CallSignature,
     example: tuple[tuple[Any, ...], Mapping[str, Any]] | None,
     stretched: tuple[int, ...],
+    short: bool = False,
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[int, tuple[int, ...]]]:
     """Arguments to trace with, and the symbolic axes of each tensor by ``id``.
 
     The batch is axis 0 of each tensor and the length axis 1 of the first with two axes or more; other axes of that
     extent are lengths too, in axis 1 of any tensor and in the last two axes of tensors with four axes (masks).
-    ``stretched`` repeats the example along them up to the sizes of ``example_sizes``.
+    ``stretched`` repeats the example along them up to the sizes of ``example_sizes``, ``short`` to its short length:
+    a model may have a limit that its configuration does not tell.
 
     Raises:
+        InputError: the example is empty.
         CaptureError: a tensor cannot be made up and there is no example.
     """
-    batch, length = example_sizes(model, _longest(model))
+    batch, long, little = example_sizes(model, _longest(model))
+    length = little if short else long
     parameters = forward_parameters(model)
     given: dict[str, Any] = {}
     if example is not None:
@@ -167,6 +185,9 @@ def example_call(
         )
         axes = (0, *lengths) if tensor.dim() else ()
         for axis in axes:
+            if tensor.shape[axis] == 0:
+                what = f"the {'length' if axis else 'batch'} of '{argument.name}' is empty"
+                raise InputError(what, why=f"its shape is {tuple(tensor.shape)}", hint="skip the call for empty input")
             if min(axis, 1) in stretched:
                 wanted = batch if axis == 0 else length
                 tensor = tensor.index_select(axis, torch.arange(wanted, device=tensor.device) % tensor.shape[axis])
@@ -254,7 +275,7 @@ def _capture_program(program: ExportedProgram, dtype: torch.dtype | None, name: 
         raise CaptureError("an ExportedProgram cannot be cast", hint="cast the model and export it again")
     with torch.no_grad():
         functional = program.run_decompositions({})
-    names = [str(n) for n in functional.graph_signature.user_inputs]
+    names = argument_names(functional)
     return graph_of(
-        functional, defaults={}, validity="attention_mask" if "attention_mask" in names else None, name=name
+        functional, defaults={}, validity="attention_mask" if "attention_mask" in names else None, model=name
     )

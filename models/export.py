@@ -1,7 +1,9 @@
 """From ``torch.export`` to a graph of ours: weights become attributes, sizes become B and S, nodes get their facts."""
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, TensorArgument
 from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from tilewright.errors import CaptureError
 from tilewright.ir.graph import GraphInfo, InputSpec, Level, set_info
@@ -23,8 +26,8 @@ _WEIGHTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 _INLINED = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
-def example_sizes(model: nn.Module, longest: int | None) -> tuple[int, int]:
-    """Batch and length to trace with: two primes that are no size of the model.
+def example_sizes(model: nn.Module, longest: int | None) -> tuple[int, int, int]:
+    """Batch, length and a short length to trace with: primes that are no size of the model.
 
     A size equal to one of the model's would let the tracer confuse the two; 0 and 1 would be taken for constants.
 
@@ -37,7 +40,8 @@ def example_sizes(model: nn.Module, longest: int | None) -> tuple[int, int]:
     lengths = [n for n in range(min(high, 127), 1, -1) if is_prime(n) and n not in taken]
     length = lengths[0] if lengths else high
     batch = next(n for n in range(5, 10**6) if is_prime(n) and n not in taken and n != length)
-    return batch, length
+    short = next((n for n in range(3, length) if is_prime(n) and n not in taken and n != batch), length)
+    return batch, length, short
 
 
 class WithStatics(nn.Module):
@@ -51,8 +55,11 @@ class WithStatics(nn.Module):
         self.training = model.training
         statics = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
 
+        # The graph of an exported module takes its arguments only in the way it was exported, which is by position.
+        by_position = isinstance(model, GraphModule) and not statics
+
         def forward(**tensors: Tensor) -> Any:
-            return model(**tensors, **statics)
+            return model(*tensors.values()) if by_position else model(**tensors, **statics)
 
         kind = inspect.Parameter.KEYWORD_ONLY
         names = [name for name in kwargs if name not in statics]
@@ -71,14 +78,14 @@ def run_export(
     Raises:
         CaptureError: the model cannot be traced; says where torch gave up.
     """
-    if set(kwargs) - set(inspect.signature(model.forward).parameters):
+    if isinstance(model, GraphModule) or set(kwargs) - set(inspect.signature(model.forward).parameters):
         model, kwargs = WithStatics(model, kwargs), {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}
     shapes: Any = torch.export.ShapesCollection()
     for tensor in (*args, *kwargs.values()):
         if isinstance(tensor, Tensor):
             shapes[tensor] = dict.fromkeys(dynamic.get(id(tensor), ()), torch.export.Dim.AUTO)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _without_logs():
             program = torch.export.export(model, args, dict(kwargs), dynamic_shapes=shapes, strict=False)
             if any(mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})
@@ -94,6 +101,20 @@ def run_export(
     return program
 
 
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """torch logs the stack of each failure it then raises; what failed is in the CaptureError."""
+    logs = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch._export.non_strict_utils")]
+    before = [log.disabled for log in logs]
+    try:
+        for log in logs:
+            log.disabled = True
+        yield
+    finally:
+        for log, disabled in zip(logs, before, strict=True):
+            log.disabled = disabled
+
+
 def model_line(error: BaseException) -> str | None:
     """Innermost line outside torch that the error passed through."""
     found, trace = None, error.__traceback__
@@ -105,26 +126,27 @@ def model_line(error: BaseException) -> str | None:
     return found
 
 
-def graph_of(program: ExportedProgram, *, defaults: Mapping[str, str], validity: str | None, name: str) -> GraphModule:
+def graph_of(program: ExportedProgram, *, defaults: Mapping[str, str], validity: str | None, model: str) -> GraphModule:
     """The graph of an exported program at level exported.
 
     Args:
         program: functional; its inputs' first axes are the batch, second axes the length where symbolic.
         defaults: default of inputs that a caller may leave out, by name.
         validity: name of the input that says which tokens are real.
-        name: for messages.
+        model: its name, for messages.
 
     Raises:
         CaptureError: a size is no function of B and S, an input is written to, or an output is no tensor.
     """
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    called = dict(zip(user_inputs(program), argument_names(program), strict=True))
     names = size_names(
         n for n in program.graph.find_nodes(op="placeholder") if kinds[n.name].kind is InputKind.USER_INPUT
     )
     tensors: dict[str, Tensor] = {}
     graph = Graph()
     env: dict[Node, Any] = {}
-    inputs: list[Node] = []
+    inputs: dict[Node, str] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         spec = kinds[node.name]
         if spec.kind in _WEIGHTS:
@@ -135,7 +157,7 @@ def graph_of(program: ExportedProgram, *, defaults: Mapping[str, str], validity:
         elif isinstance(spec.arg, TensorArgument):
             env[node] = graph.placeholder(node.name)
             env[node].meta = dict(node.meta)
-            inputs.append(env[node])
+            inputs[env[node]] = called[node.name]
         else:
             raise CaptureError(
                 f"input '{node.name}' is a {type(spec.arg).__name__}", hint="pass tensors and plain values"
@@ -148,19 +170,38 @@ def graph_of(program: ExportedProgram, *, defaults: Mapping[str, str], validity:
     vocab = vocabularies(gm)
     specs = tuple(
         InputSpec(
-            name=node.name,
+            name=name,
             dtype=node.meta["val"].dtype,
             shape=tuple(size_of(s, names) for s in node.meta["val"].shape),
-            default=defaults.get(node.name),
-            validity=node.name == validity,
+            default=defaults.get(name),
+            validity=name == validity,
             vocab=vocab.get(node.name),
         )
-        for node in inputs
+        for node, name in inputs.items()
     )
     bounds = find_bounds(gm, _ranges(program, names))
-    set_info(gm, GraphInfo(Level.EXPORTED, specs, output, bounds, {}, name))
+    set_info(gm, GraphInfo(Level.EXPORTED, specs, output, bounds, {}, model))
     strip_meta(gm)
     return gm
+
+
+def user_inputs(program: ExportedProgram) -> list[str]:
+    """Names of the placeholders that stand for arguments of a call."""
+    specs = program.graph_signature.input_specs
+    return [spec.arg.name for spec in specs if spec.kind is InputKind.USER_INPUT]
+
+
+def argument_names(program: ExportedProgram) -> list[str]:
+    """What a caller calls these inputs: torch.export gives a placeholder another name where its own is taken."""
+    found = user_inputs(program)
+    spec = program.call_spec.in_spec
+    if spec is None or spec.num_leaves != len(found):
+        return found
+    _, named = pytree.tree_unflatten(list(range(len(found))), spec)
+    for name, place in named.items():
+        if isinstance(place, int):
+            found[place] = name
+    return found
 
 
 def size_names(inputs: Iterator[Node]) -> dict[sympy.Symbol, Size]:

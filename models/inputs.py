@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tilewright.errors import InputError
 from tilewright.ir.graph import GraphInfo, InputSpec
 from tilewright.ir.sizes import BATCH, SEQ, Size, compile_sizes
+from tilewright.models.export import argument_names
 
 _CONVERTIBLE = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -91,8 +92,8 @@ class Parameters:
 
 
 @lru_cache(maxsize=64)
-def _parameters(forward: Callable[..., Any]) -> Parameters:
-    parameters = [p for p in inspect.signature(forward).parameters.values() if p.name != "self"]
+def _parameters(forward: Callable[..., Any], of_class: bool) -> Parameters:
+    parameters = list(inspect.signature(forward).parameters.values())[1 if of_class else 0 :]
     positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
@@ -102,10 +103,10 @@ def _parameters(forward: Callable[..., Any]) -> Parameters:
 def forward_parameters(model: Any) -> Parameters:
     """Parameters of what is called: ``forward`` of a module, the inputs of an ``ExportedProgram``."""
     if isinstance(model, torch.export.ExportedProgram):
-        names = tuple(model.graph_signature.user_inputs)
-        return Parameters(tuple(map(str, names)), tuple(map(str, names)), {}, False)
-    forward = vars(model).get("forward") or type(model).forward
-    return _parameters(forward)
+        names = tuple(argument_names(model))
+        return Parameters(names, names, {}, False)
+    own = vars(model).get("forward")
+    return _parameters(own or type(model).forward, own is None)
 
 
 def implied_inputs(model: Any) -> tuple[tuple[str, str], ...]:

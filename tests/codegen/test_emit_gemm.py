@@ -130,13 +130,12 @@ def test_an_epilogue_that_needs_other_tiles_is_refused() -> None:
         emit(body.module(turned), Anchor.GEMM)
 
 
-@pytest.mark.parametrize("variant", ["triton", "triton_few", "vendor"])
-@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("variant", ["triton", "stored", "vendor"])
 @pytest.mark.parametrize(
     ("lead", "n", "k"), [((), 9, 8), ((1,), 9, 8), ((TOKENS,), 1, 8), ((TOKENS,), 9, 1), ((1, 1), 1, 1)]
 )
-def test_axes_of_one_place(lead: tuple[object, ...], n: int, k: int, stored: bool, variant: str) -> None:
+def test_axes_of_one_place(lead: tuple[object, ...], n: int, k: int, variant: str) -> None:
     body = Body()
     x, weight, bias = body.input((*lead, k)), body.input((n, k)), body.input((n,))
     body.last = body.call(aten.gelu.default, body.call(aten.linear.default, x, weight, bias))  # type: ignore[attr-defined]
-    check(body, 21, variant, 2e-6, stored)
+    check(body, 21, "vendor" if variant == "vendor" else "triton", 2e-6, variant != "triton")

@@ -23,6 +23,7 @@ from tilewright.ir.graph import Level
 from tilewright.ir.kernels import KernelSource
 from tilewright.ir.measurements import Measurements
 from tilewright.ir.program import KernelStep, ProgramSpec, VendorLinear
+from tilewright.models.capture import check_model
 from tilewright.passes.base import Observer, PassRecord
 from tilewright.passes.observe import ArtifactWriter
 from tilewright.passes.pipeline import pipeline, run_pipeline
@@ -88,10 +89,11 @@ def compile(
 
     Raises:
         OptionError: an option has a value that is not a choice.
-        CaptureError: the model is in training mode.
+        CaptureError: it is no model, or is in training mode.
         PackingRefused: ``unpad="on"`` and packing is not legal, or the model cannot be captured.
     """
     options = CompileOptions(dtype, opt_level, unpad, target, gemm, Path(cache_dir) if cache_dir else None)
+    check_model(model)
     return CompiledModel(model, options)
 
 

@@ -14,7 +14,7 @@ from tilewright.driver.options import CompileOptions
 from tilewright.errors import CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.ir.program import EagerStep
-from tilewright.models.capture import capture, cast_copy, default_signature, refuse_training
+from tilewright.models.capture import capture, cast_copy, check_model, default_signature
 from tilewright.models.export import model_line
 from tilewright.models.inputs import CallSignature, bind, example_inputs, other_sizes, signature_of
 from tilewright.runtime.stats import Stats
@@ -182,7 +182,7 @@ class CompiledModel:
     def _compile(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
         from tilewright.driver.compile import compile_graph
 
-        refuse_training(self.model)
+        check_model(self.model)
         try:
             gm = capture(self.model, signature, example, dtype=self.options.dtype)
         except CaptureError as error:
