@@ -20,7 +20,7 @@ demo: $(VENV)/.extra-demo ## Compile MiniLM-L6 and embed the sample passages
 	$(BIN)/tilewright demo
 
 test: $(VENV)/.extra-test ## Run the test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/.extra-dev ## Lint and type check
 	$(BIN)/ruff check .

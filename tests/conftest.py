@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker a core: threads of several workers would wait for one another. Tests of threads ask for their number.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 os.environ["TILEWRIGHT_VERIFY"] = "1"
