@@ -1,13 +1,17 @@
 """The command line, run as a person runs it."""
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import networkx as nx
 import pytest
 from transformers import BertConfig
+
+from tilewright.cli import main
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +30,21 @@ def minilm() -> str:
 
 
 def tilewright(*args: str, code: int = 0) -> str:
+    """Runs the command in this process: importing torch and transformers anew takes longer than most of them."""
+    out, err = io.StringIO(), io.StringIO()
+    ended = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["tilewright", *args])
+        try:
+            main()
+        except SystemExit as stop:
+            ended = stop.code or 0  # type: ignore[assignment]
+    assert ended == code, f"exit {ended}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue() if code == 0 else out.getvalue() + err.getvalue()
+
+
+def process(*args: str, code: int = 0) -> str:
+    """Runs the command in a process of its own, as a person does."""
     command = [sys.executable, "-c", "from tilewright.cli import main; main()", *args]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -38,7 +57,7 @@ def test_compile_then_run_the_artifact(minilm: str, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a cat\n\nthe second, rather longer text of this file\n")
     from_model = json.loads(tilewright("run", minilm, "--file", str(texts), "--json"))
-    from_folder = json.loads(tilewright("run", str(tmp_path / "m"), "--file", str(texts), "--json"))
+    from_folder = json.loads(process("run", str(tmp_path / "m"), "--file", str(texts), "--json"))
     assert from_folder["outputs"] == from_model["outputs"]
     assert len(from_folder["outputs"]) == 2
     assert from_folder["stats"]["eager_steps"] == 0
@@ -70,7 +89,7 @@ def test_export_graph_files(config: Path, tmp_path: Path, file_format: str, leve
 
 
 def test_env() -> None:
-    values = json.loads(tilewright("env", "--json"))
+    values = json.loads(process("env", "--json"))
     assert values["versions"]["torch"].startswith("2.13")
     assert values["cpu"]["vector bits"] >= 128
 
@@ -87,3 +106,6 @@ def test_errors_are_one_message_without_a_traceback(config: Path, tmp_path: Path
         assert "Error" in text
         assert "Traceback" not in text
     assert json.loads(tilewright("run", str(config), "--json", code=1))["error"] == "InputError"
+    text = process("run", str(tmp_path / "nothing"), "--text", "x", code=1)
+    assert "Error" in text
+    assert "Traceback" not in text
