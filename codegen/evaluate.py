@@ -29,6 +29,12 @@ Binding = Callable[[tuple[Index, ...]], Register]
 _CONDITION: dict[object, int] = {aten.where.self: 0, aten.masked_fill.Scalar: 1}
 
 
+def _cast(text: str, kind: str) -> str:
+    """A value in another type; a number written out has no method ``to``."""
+    named = text.isidentifier() and text not in ("True", "False")
+    return f"{text}.to({kind})" if named else f"tl.full([], {text}, {kind})"
+
+
 class Evaluator:
     """Evaluates the nodes of one region body into one kernel.
 
@@ -77,7 +83,8 @@ class Evaluator:
             text = self.writer.emit(f"{value.text}_true", f"{value.text} != 0", value.deps)
         else:
             kind = TL_TYPES[dtype]
-            text = self.writer.emit(f"{value.text}_{kind[3:]}", f"{value.text}.to({kind})", value.deps)
+            hint = f"{value.text}_{kind[3:]}" if value.text.isidentifier() else "number"
+            text = self.writer.emit(hint, _cast(value.text, kind), value.deps)
         return Register(text, dtype, value.deps)
 
     def raw(self, node: Node, index: tuple[Index, ...], dtype: torch.dtype) -> Register:
@@ -193,7 +200,7 @@ class Evaluator:
             if dtype == torch.bool:
                 expression = f"{expression} != 0"
             elif compute_dtype(source) != dtype:
-                expression = f"{expression}.to({TL_TYPES[dtype]})" + (".to(tl.float32)" if kind != dtype else "")
+                expression = _cast(expression, TL_TYPES[dtype]) + (".to(tl.float32)" if kind != dtype else "")
             elif dtype == compute_dtype(source):
                 return Register(expression, dtype, deps)
         return Register(self.writer.emit(hint, expression, deps), kind, deps)
@@ -267,8 +274,9 @@ class Evaluator:
         if dtype.is_floating_point:
             raise CodegenError("a range of floating-point numbers has no kernel", where=where(node))
         place = index[0] * size_of(step) + size_of(start)
-        text = self.writer.emit("arange", f"({self.writer.index_text(place)}).to({TL_TYPES[kind]})", place.deps)
-        return Register(text, kind, place.deps)
+        number = self.writer.index_text(place)
+        made = f"({number}).to({TL_TYPES[kind]})" if place.terms else _cast(number, TL_TYPES[kind])
+        return Register(self.writer.emit("arange", made, place.deps), kind, place.deps)
 
     def reduce(self, node: Node, index: tuple[Index, ...]) -> Register:
         """Reductions and what works along the last axis."""

@@ -246,3 +246,15 @@ def test_concatenated_columns_of_one_place(rows: int) -> None:
     first, wide, last = body.input((1, 1)), body.input((TOKENS, 9)), body.input((TOKENS, 1))
     gm = body.module(body.call(aten.cat.default, [last, wide, body.call(aten.mul.Tensor, last, first)], 1))
     assert_matches(gm, [torch.randn(1, 1), torch.randn(rows, 9), torch.randn(rows, 1)], {TOKENS: rows}, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_a_range_of_one_place(dtype: torch.dtype) -> None:
+    body = Body()
+    x = body.input((TOKENS, 1))
+    places = body.call(aten.arange.start_step, 3, 4, 1, dtype=torch.int64)
+    found = body.call(torch.ops.prims.convert_element_type.default, places, dtype)
+    filled = body.call(aten.full.default, [1], 2, dtype=torch.int64)
+    filled = body.call(torch.ops.prims.convert_element_type.default, filled, dtype)
+    gm = body.module(found, filled, body.call(aten.add.Tensor, x, found))
+    assert_matches(gm, [torch.randn(4, 1)], {TOKENS: 4}, 1e-6)
