@@ -162,7 +162,7 @@ def test_a_call_that_runs_eager_has_the_dtype_asked_for() -> None:
     assert model.linear.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("thing", [None, "bert-base", nn.Linear, torch.relu, 3], ids=str)
+@pytest.mark.parametrize("thing", [None, "bert-base", nn.Linear, torch.relu, 3], ids=lambda thing: type(thing).__name__)
 def test_what_is_no_model_is_refused(thing: Any) -> None:
     with pytest.raises(CaptureError, match="no model") as caught:
         tilewright.compile(thing)

@@ -102,6 +102,7 @@ def calls(seed: int) -> list[Call]:
     return found
 
 
+@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("written_out", "gemm"), [(False, "triton"), (True, "vendor")])
 def test_error_rule_and_rows(written_out: bool, gemm: str) -> None:
     rules = [ErrorRule(), ErrorRule()]
