@@ -38,6 +38,10 @@ def test_error_rule(family: str, gemm: str, opt_level: int) -> None:
                 rules.setdefault(name, ErrorRule()).add(value, eager[name], reference[name], real)
                 if real is not None:
                     assert (value[~real] == 0).all()
+        assert compiled.stats.eager_steps == 0
+        assert compiled.stats.fallbacks == 0
+        if gemm == "triton":
+            assert compiled.stats.vendor_calls == 0
     for rule in rules.values():
         rule.check()
 
