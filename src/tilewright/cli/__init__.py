@@ -1,8 +1,13 @@
 """The command line: ``tilewright compile | run | inspect | export | env | demo``."""
 
+import sys
+
 
 def main() -> None:
     """Entry point of the ``tilewright`` command."""
-    from tilewright.cli.app import run_app
+    try:
+        from tilewright.cli.app import run_app
 
-    run_app()
+        run_app()
+    except KeyboardInterrupt:  # before the command had begun, or while it ended
+        sys.exit(130)

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+_STOPPED = 130
 out = Console()
 err = Console(stderr=True)
 
@@ -30,22 +31,23 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; d
 def run_app() -> None:
     """Runs the command line; errors of ours become one message and exit code 1, Ctrl-C exits with 130."""
     try:
-        app(standalone_mode=False)
+        # typer turns Ctrl-C into an exit, and an exit into a result.
+        code = app(standalone_mode=False)
     except TilewrightError as error:
         _fail(error)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        err.print("stopped")
-        sys.exit(130)
+        code = _STOPPED
     except Exception as error:
         if type(error).__module__.startswith(("click", "typer")) and hasattr(error, "show"):
             error.show()
             sys.exit(getattr(error, "exit_code", 2))
         raise
+    if code == _STOPPED:
+        err.print("stopped")
+    sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: TilewrightError) -> None:
+def _fail(error: TilewrightError) -> NoReturn:
     if "--json" in sys.argv:
         fields = {"error": type(error).__name__, "what": error.what, "where": str(error.where or "")}
         print(json.dumps(fields | {"why": error.why, "do": error.hint}))

@@ -159,11 +159,14 @@ def export_model(name: str, file_format: str, level: str, out_file: Path | None,
         raise OptionError(f"an ONNX file is not made from level {level}", hint="use --level packed or normalized")
     gm = graph_at(load_model(name).model, Level[level.upper()], unpad, dtype)
     path = out_file or Path(f"{Path(name).stem or 'model'}.{file_format}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if file_format == "onnx":
-        export_onnx(gm, path)
-    else:
-        graph_files.write_graph(gm, path, file_format)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file_format == "onnx":
+            export_onnx(gm, path)
+        else:
+            graph_files.write_graph(gm, path, file_format)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}", why=str(error), hint="name a file that can be written") from error
     return path
 
 

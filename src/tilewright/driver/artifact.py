@@ -48,6 +48,16 @@ def save(compiled: CompiledModel, folder: str | Path) -> Path:
     target = Path(folder)
     if target.exists() and any(target.iterdir()) and not (target / MANIFEST).is_file():
         raise ArtifactError(f"will not write into {target}", why="it holds other files", hint="name a new folder")
+    try:
+        _replace(target, compiled, variants)
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {target}", why=str(error), hint="name a folder that can be written"
+        ) from error
+    return target
+
+
+def _replace(target: Path, compiled: CompiledModel, variants: list[tuple[CallSignature, CompiledGraph]]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as staged:
         stage = Path(staged) / "artifact"
@@ -56,7 +66,6 @@ def save(compiled: CompiledModel, folder: str | Path) -> Path:
         if target.exists():
             os.rename(target, Path(staged) / "replaced")
         os.rename(stage, target)
-    return target
 
 
 def _write(compiled: CompiledModel, variants: list[tuple[CallSignature, CompiledGraph]], folder: Path) -> None:
