@@ -100,7 +100,17 @@ NOT_RECOGNIZED: dict[str, tuple[Callable[..., Any], str]] = {
 REWRITTEN: dict[str, Callable[..., Any]] = {
     "views": lambda _, x: x.view(*x.shape[:2], 4, 4).transpose(-1, -2).contiguous().flatten(2),
     "split": lambda _, x: torch.cat((*x.split(4, -1)[:2], x.chunk(2, -1)[1], torch.stack(x.unbind(-1)[:2], -1)), -1),
-    "indices": lambda _, x: (x[:, -1], x[..., -1], x[:, :, 2:-3], x[:, 0:], x.squeeze(-1)),
+    "indices": lambda _, x: (
+        x[:, -1],
+        x[..., -1],
+        x[:, :, 2:-3],
+        x[:, 0:],
+        x.squeeze(-1),
+        x[..., -3:],
+        x[..., -5:-2],
+        x[..., -20:4],
+    ),
+    "permutes": lambda _, x: x.view(*x.shape[:2], 2, 8).permute(0, 2, 3, 1).permute(1, 3, 2, 0).permute(2, 0, 1, 3),
     "scalars": lambda _, x: torch.add(2 - x, x.square(), alpha=3) / 2 + 1 - torch.sub(x, x, alpha=2),
     "neutral": lambda _, x: ((x + 0) * 1).to(torch.float32).expand_as(x),
     "fills": lambda _, x: (
