@@ -15,13 +15,13 @@ class Line:
 
     Attributes:
         name: what is measured, with its sizes.
-        target: what the ratio should reach: at least, or at most where ``at_most``.
+        target: what the ratio should reach: at least, or at most where ``at_most``; None for orientation only.
         ratio: what it was in this run.
         note: absolute figures of the run, for orientation, and the error where there is one.
     """
 
     name: str
-    target: float
+    target: float | None
     ratio: float
     note: str = ""
     at_most: bool = False
@@ -29,6 +29,8 @@ class Line:
     @property
     def reached(self) -> bool:
         """Whether the ratio is on the right side of the target."""
+        if self.target is None:
+            return True
         return self.ratio <= self.target if self.at_most else self.ratio >= self.target
 
 
@@ -59,6 +61,6 @@ def print_lines(lines: list[Line]) -> None:
     """The table, in Markdown."""
     print("| | target | measured | |\n| --- | --- | --- | --- |")
     for line in lines:
-        sign = "<=" if line.at_most else ">="
+        target = "" if line.target is None else f"{'<=' if line.at_most else '>='} {line.target:g}"
         mark = "" if line.reached else " **short**"
-        print(f"| {line.name} | {sign} {line.target:g} | {line.ratio:.3g}{mark} | {line.note} |", flush=True)
+        print(f"| {line.name} | {target} | {line.ratio:.3g}{mark} | {line.note} |", flush=True)

@@ -6,7 +6,7 @@ from functools import partial
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.convert import narrow, widen
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Point, Uniform
-from tilewright.codegen.cpu.lower.reduce import scalar_nest
+from tilewright.codegen.cpu.lower.nest import scalar_nest
 from tilewright.codegen.cpu.lower.ttir import I1, Elem, Op, Value
 
 _KINDS = {

@@ -7,9 +7,10 @@ What a value is where a condition is false follows from the ``other`` of loads a
 import math
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower.context import Context
-from tilewright.codegen.cpu.lower.literals import python_value
+from tilewright.codegen.cpu.lower.literals import python_value, scalar_literal
 from tilewright.codegen.cpu.lower.nest import Conjunct, bounded, conjuncts, masks_of
 from tilewright.codegen.cpu.lower.ttir import Op, Value
 
@@ -21,6 +22,7 @@ _BINARY: dict[str, Callable[[float, float], float]] = {
     "arith.addf": operator.add, "arith.addi": operator.add, "arith.subf": operator.sub, "arith.subi": operator.sub,
     "arith.mulf": operator.mul, "arith.muli": operator.mul,
 }  # fmt: skip
+_EXACT = 128  # integers up to here are exact in every type
 _SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extf", "arith.truncf", "tt.fp_to_fp", "arith.extsi"}
 _SAME |= {"arith.extui", "arith.sitofp", "arith.uitofp"}
 
@@ -39,6 +41,41 @@ def tail_bound(ctx: Context, value: Value, axis: int, combine: Op) -> Conjunct |
             if _where_false(value, part.value, {}) == neutral:
                 return part
     return None
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Elements of a tile that are one number, whatever the row.
+
+    Attributes:
+        bound: i32 number of elements before them, between 0 and the size of the axis.
+        part: the mask factor that ends there.
+        literal: the number, as an LLVM literal.
+    """
+
+    bound: str
+    part: Conjunct
+    literal: str
+
+
+def constant_tail(ctx: Context, value: Value, axis: int) -> Tail | None:
+    """The tail along ``axis`` that a mask in a tile's expression makes constant; None if there is none."""
+    for mask in masks_of(value):
+        for part in bounded(ctx, mask):
+            if part.axis == axis and part.bound is not None and (literal := tail_literal(value, part)) is not None:
+                return Tail(part.bound, part, literal)
+    return None
+
+
+def tail_literal(value: Value, part: Conjunct) -> str | None:
+    """LLVM literal of what a value is where a mask factor is false; None if it is not one fixed number.
+
+    Numbers that the arithmetic of the proof, done in f64, may have rounded otherwise than the kernel's are refused.
+    """
+    number = _where_false(value, part.value, {})
+    if number is None or not (math.isinf(number) or (number == int(number) and abs(number) <= _EXACT)):
+        return None
+    return scalar_literal(str(number if value.elem.is_float else int(number)), value.elem)
 
 
 def _where_false(value: Value, condition: Value, known: dict[Value, float | None]) -> float | None:

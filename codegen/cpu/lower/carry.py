@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Shifted
-from tilewright.codegen.cpu.lower.nest import materialize
 from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
+from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.ttir import Op, Type, Value
 
 

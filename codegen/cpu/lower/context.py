@@ -18,6 +18,7 @@ from tilewright.codegen.cpu.lower.lanes import (
 )
 from tilewright.codegen.cpu.lower.mathfn import MathLibrary, extern_name, rules
 from tilewright.codegen.cpu.lower.plan import Plan
+from tilewright.codegen.cpu.lower.quotient import divide_by_shared, shares_divisor
 from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem, Op, Type, Value
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import UnsupportedOp, Where
@@ -68,6 +69,7 @@ class Context:
         b: writer of the function.
         bindings: where values are; a tensor without a binding is lazy.
         destinations: memory that a result not yet computed shall be written to.
+        carried: tiles that a reduction writes to memory while it passes over them.
         levels: scope level a value was defined at; it must not be evaluated further out.
         assumed: names of conditions and lane bounds known to hold in the code being written.
     """
@@ -80,6 +82,7 @@ class Context:
         self.bindings: dict[Value, Binding] = {}
         self.levels: dict[Value, int] = {}
         self.destinations: dict[Value, Buffer] = {}
+        self.carried: dict[Op, list[Value]] = {}
         self.assumed: set[str] = set()
         self.functions: dict[str, str] = {}
         self.program_ids: dict[str, str] = {}
@@ -174,6 +177,8 @@ class Context:
         """
         if not self.knows(op):
             raise self.unsupported(op, "it is not among the operations this backend knows")
+        if op.name == "arith.divf" and self.target.fma and shares_divisor(self.b, *lanes):
+            return divide_by_shared(self.b, self.functions, *lanes)
         try:
             return self.simplify(elementwise(self.b, op, [self.simplify(lane) for lane in lanes], self._rules))
         except KeyError:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from tilewright.codegen.cpu.lower.carry import claim, tile_for, write_all
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar, Shifted
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
-from tilewright.codegen.cpu.lower.nest import index_like, materialize
+from tilewright.codegen.cpu.lower.nest import index_like
+from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.ttir import I64, Block, Op, Value
 
 LowerBlock = Callable[[Context, Block], None]

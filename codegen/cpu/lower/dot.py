@@ -13,9 +13,9 @@ from tilewright.codegen.cpu.lower.nest import (
     expression,
     index_like,
     leaf_pointers,
-    materialize,
     nest,
 )
+from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.ttir import BF16, F16, F32, F64, I1, I8, I32, Elem, Op, Type, Value
 from tilewright.codegen.cpu.microkernel import TileDot, packed_form, tile_dot
 from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text

@@ -15,11 +15,11 @@ from tilewright.codegen.cpu.lower.inline import inline_calls
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.literals import scalar_literal
 from tilewright.codegen.cpu.lower.memory import lower_store, scalar_load
-from tilewright.codegen.cpu.lower.nest import materialize
 from tilewright.codegen.cpu.lower.parser import parse_module
 from tilewright.codegen.cpu.lower.plan import Plan, is_lazy
 from tilewright.codegen.cpu.lower.reduce import lower_reduce
 from tilewright.codegen.cpu.lower.scan import lower_scan
+from tilewright.codegen.cpu.lower.tiles import carrier, materialize
 from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op
 from tilewright.codegen.cpu.target import CpuTarget
 
@@ -119,7 +119,7 @@ def _module_text(ctx: Context, function: Function) -> str:
 
 def lower_block(ctx: Context, block: Block) -> None:
     """All operations of a block but its terminator."""
-    for op in block.ops:
+    for position, op in enumerate(block.ops):
         if op.name in _TERMINATORS:
             return
         handler = EAGER.get(op.name)
@@ -128,17 +128,22 @@ def lower_block(ctx: Context, block: Block) -> None:
         elif op.name in _CONTROL:
             _CONTROL[op.name](ctx, op, lower_block)
         elif is_lazy(op):
-            _define_lazy(ctx, op)
+            _define_lazy(ctx, op, block, position)
         else:
             _scalar(ctx, op)
 
 
-def _define_lazy(ctx: Context, op: Op) -> None:
+def _define_lazy(ctx: Context, op: Op, block: Block, position: int) -> None:
     if op.name not in LAZY and not ctx.knows(op):
         raise ctx.unsupported(op, "it is not among the operations this backend knows")
     for value in op.results:
         ctx.levels[value] = ctx.b.depth
-        if value in ctx.plan.materialized:
+        if value not in ctx.plan.materialized:
+            continue
+        reduction = None if value in ctx.destinations else carrier(ctx, value, block.ops[position + 1 :])
+        if reduction is not None:
+            ctx.carried.setdefault(reduction, []).append(value)
+        else:
             ctx.bind(value, materialize(ctx, value, tile_for(ctx, value, op)))
 
 

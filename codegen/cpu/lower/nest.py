@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cpu.lower.context import Buffer, Context
+from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Mask, Point, Uniform, is_const
 from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
-from tilewright.codegen.cpu.lower.ttir import I32, Op, Type, Value
+from tilewright.codegen.cpu.lower.ttir import I32, Value
 
 # Vectors of one loop iteration; more only lengthen the code, the processor overlaps iterations by itself.
 UNROLL = 4
@@ -291,23 +291,28 @@ def row_parts(ctx: Context, value: Value, vector_axis: int) -> list[Conjunct]:
     return parts
 
 
-def materialize(ctx: Context, value: Value, buffer: Buffer | None = None, op: Op | None = None) -> Buffer:
-    """Evaluates a whole tile into scratch memory (a new buffer unless one is given)."""
-    buffer = buffer or ctx.new_buffer(Type(value.elem, value.shape), op or value.op)
-    target = buffer
-    axis = best_axis(ctx, value.shape, leaf_pointers(ctx, value))
-    parts = row_parts(ctx, value, axis)
+def scalar_nest(
+    ctx: Context,
+    shape: Sequence[int],
+    body: Callable[[Point], None],
+    bounds: dict[int, str] | None = None,
+    starts: dict[int, str] | None = None,
+) -> None:
+    """Scalar loops over all axes, of some from ``starts`` or up to ``bounds``."""
+    bounds, starts = bounds or {}, starts or {}
 
-    def write(point: Point, _: bool) -> None:
-        ctx.write(target, point, ctx.value(value, point))
+    def level(point: Point) -> None:
+        depth = len(point)
+        if depth == len(shape):
+            body(point)
+        elif shape[depth] == 1 and depth not in bounds and depth not in starts:
+            level((*point, ZERO))
+        else:
 
-    def write_inside(point: Point, full: bool) -> None:
-        assume(ctx, parts, point, full, axis)
-        write(point, full)
+            def step(index: str, _: list[str]) -> list[str]:
+                level((*point, Uniform(I32, index)))
+                return []
 
-    # Rows that a mask lets through are written without testing it.
-    bounds = bounds_of(ctx, parts)
-    if bounds:
-        nest(ctx, value.shape, axis, write_inside, bounds)
-    nest(ctx, value.shape, axis, write, starts=bounds)
-    return buffer
+            ctx.b.loop(starts.get(depth, "0"), bounds.get(depth, str(shape[depth])), "1", [], step)
+
+    level(())

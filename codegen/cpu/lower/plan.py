@@ -174,7 +174,8 @@ class Plan:
         repeated = any(len(self._loops[root]) > len(around) for root, _ in roots)
         if repeated and not self._is_dot_operand(value):
             return True
-        if self._feeds_broadcast(value) and cost > _EXPENSIVE:
+        # Loads along the vectors are not worth memory of their own; anything dearer is, and what uses it is cheap then.
+        if self._feeds_broadcast(value) and any(cost_of(op) >= _EXPENSIVE for op in costly):
             return True
         # A value with one user leaves the decision to that user, which sees the same roots.
         return len(users) > 1 and len(roots) > 1 and cost >= _EXPENSIVE

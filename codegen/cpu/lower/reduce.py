@@ -1,8 +1,8 @@
 """Reductions with any combine function over any axis, in registers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from tilewright.codegen.cpu.lower.bounds import tail_bound
+from tilewright.codegen.cpu.lower.bounds import tail_bound, tail_literal
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.lanes import ZERO, Lane, Mask, Point, Uniform, Vector, is_const, type_of
 from tilewright.codegen.cpu.lower.literals import scalar_literal
@@ -15,8 +15,10 @@ from tilewright.codegen.cpu.lower.nest import (
     leaf_pointers,
     nest,
     row_parts,
+    scalar_nest,
 )
-from tilewright.codegen.cpu.lower.ttir import I1, I32, Block, Elem, Op, Type
+from tilewright.codegen.cpu.lower.tiles import fill_tail, materialize
+from tilewright.codegen.cpu.lower.ttir import I1, I32, Block, Elem, Op, Type, Value
 
 # Independent accumulators hide the latency of the combine operation.
 ACCUMULATORS = 4
@@ -127,12 +129,25 @@ class _Reduction:
             self.buffers = [ctx.new_buffer(Type(v.elem, self.kept), op) for v in op.results]
         starts = [neutral(self.block, elem) for elem in self.elems]
         self.start = starts[0] if len(starts) == 1 else None
+        self.part = self._tail() if self.vector_axis == self.along else None
+        self.carried = dict(self._carried())
 
     def full_point(self, kept: Point, index: Lane) -> Point:
         return (*kept[: self.along], index, *kept[self.along :])
 
+    def _carried(self) -> Iterator[tuple[Value, Buffer]]:
+        """Memory for the tiles to write on the way; those whose tails would be missed get it at once."""
+        for value in self.ctx.carried.pop(self.op, []):
+            if self.part is not None and tail_literal(value, self.part) is None:
+                self.ctx.bind(value, materialize(self.ctx, value))
+            else:
+                yield value, self.ctx.new_buffer(value.type, value.op)
+
     def inputs(self, point: Point, width: int) -> list[Lane]:
-        return [as_vector(self.ctx, self.ctx.value(v, point), width) for v in self.op.operands]
+        lanes = [as_vector(self.ctx, self.ctx.value(v, point), width) for v in self.op.operands]
+        for value, buffer in self.carried.items():
+            self.ctx.write(buffer, point, self.ctx.value(value, point))
+        return lanes
 
     def write(self, kept: Point, lanes: Sequence[Lane]) -> None:
         for buffer, result, lane in zip(self.buffers, self.op.results, lanes, strict=False):
@@ -187,6 +202,11 @@ class _Reduction:
 
     def run(self) -> None:
         """Writes the loops; results of tensors without other axes become scalars."""
+        self._run()
+        for value, buffer in self.carried.items():
+            self.ctx.bind(value, buffer)
+
+    def _run(self) -> None:
         if not self.kept:
             lanes = self._row(())
             for result, lane in zip(self.op.results, lanes, strict=True):
@@ -221,18 +241,25 @@ class _Reduction:
         def at(index: str) -> Point:
             return self.full_point(kept, lanes_at(self.ctx, self.shape, self.along, index))
 
-        part = self._tail(lanes)
-        if part is not None:
-            total = self._bounded(part, at, width)
+        if self.part is not None:
+            total = self._bounded(self.part, at, width)
+            self._fill_tails(self.part, kept)
         else:
             total = self.accumulate(at, self.shape[self.along], width, lanes)
         return horizontal(self.ctx, self.block, total, lanes) if lanes else total
 
-    def _tail(self, lanes: int) -> Conjunct | None:
+    def _tail(self) -> Conjunct | None:
         """Mask factor that may end the loop early."""
-        if self.start is None or not lanes or self.shape[self.along] <= lanes:
+        if self.start is None or self.shape[self.along] <= self.ctx.width:
             return None
         return tail_bound(self.ctx, self.op.operands[0], self.along, self.block.ops[0])
+
+    def _fill_tails(self, part: Conjunct, kept: Point) -> None:
+        for value, buffer in self.carried.items():
+            literal = tail_literal(value, part)
+            assert part.bound is not None
+            assert literal is not None
+            fill_tail(self.ctx, buffer, self.full_point(kept, ZERO), self.along, part.bound, literal)
 
     def _bounded(self, part: Conjunct, at: Callable[[str], Point], width: int) -> list[Lane]:
         """Vectors before the bound with several accumulators, one at a time, then the one the bound cuts."""
@@ -285,33 +312,6 @@ def _rounded_down(ctx: Context, count: str, multiple: int) -> str:
     if is_const(count):
         return str(int(count) // multiple * multiple)
     return ctx.b.emit(f"and i32 {count}, {-multiple}")
-
-
-def scalar_nest(
-    ctx: Context,
-    shape: Sequence[int],
-    body: Callable[[Point], None],
-    bounds: dict[int, str] | None = None,
-    starts: dict[int, str] | None = None,
-) -> None:
-    """Scalar loops over all axes, of some from ``starts`` or up to ``bounds``."""
-    bounds, starts = bounds or {}, starts or {}
-
-    def level(point: Point) -> None:
-        depth = len(point)
-        if depth == len(shape):
-            body(point)
-        elif shape[depth] == 1 and depth not in bounds and depth not in starts:
-            level((*point, ZERO))
-        else:
-
-            def step(index: str, _: list[str]) -> list[str]:
-                level((*point, Uniform(I32, index)))
-                return []
-
-            ctx.b.loop(starts.get(depth, "0"), bounds.get(depth, str(shape[depth])), "1", [], step)
-
-    level(())
 
 
 def lower_reduce(ctx: Context, op: Op) -> None:
