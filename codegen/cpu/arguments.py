@@ -63,6 +63,11 @@ class ArgumentPacker:
         pairs = zip(self._converters, self._taken, strict=True)
         try:
             return self._struct.pack(*[convert(flat[index]) for convert, index in pairs])
+        except IndexError:
+            raise InputError(
+                f"kernel '{self._kernel}' got {len(arguments)} arguments and takes {len(self._types)}",
+                hint="a compiled kernel takes all parameters in order, the constants included",
+            ) from None
         except (struct.error, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"argument of kernel '{self._kernel}' cannot be passed",

@@ -353,6 +353,11 @@ def test_arguments_that_do_not_fit_are_refused(kind: str, value: object) -> None
         ArgumentPacker(("i32", kind), "scale").pack((1, value))
 
 
+def test_missing_arguments_are_named() -> None:
+    with pytest.raises(InputError, match="got 2 arguments and takes 3"):
+        ArgumentPacker(("i32", "constexpr", "i32"), "scale").pack((1, 2))
+
+
 def test_no_counter_is_shared_between_launches(kernels: jit.Code) -> None:
     # The counter of programs lives on the launching thread's stack: interleaved sizes would show a stale one.
     for total, threads in itertools.product((1, 2, 3, 17, 400), (1, 2)):

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tilewright.codegen.cpu.lower import shapes  # noqa: F401  (registers its operations)
+from tilewright.codegen.cpu.lower import exchange, shapes  # noqa: F401  (register their operations)
 from tilewright.codegen.cpu.lower.access import SAFE_PAGE_IR
 from tilewright.codegen.cpu.lower.atomic import EAGER_ELEMENTS
 from tilewright.codegen.cpu.lower.carry import tile_for
@@ -15,6 +15,7 @@ from tilewright.codegen.cpu.lower.inline import inline_calls
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.literals import scalar_literal
 from tilewright.codegen.cpu.lower.memory import lower_store, scalar_load
+from tilewright.codegen.cpu.lower.pairs import flatten_pairs
 from tilewright.codegen.cpu.lower.parser import parse_module
 from tilewright.codegen.cpu.lower.plan import Plan, is_lazy
 from tilewright.codegen.cpu.lower.reduce import lower_reduce
@@ -50,7 +51,8 @@ def lower_module(ttir: str, target: CpuTarget) -> Lowered:
         UnsupportedOp: the kernel uses an operation that this backend cannot run.
     """
     function = inline_calls(parse_module(ttir))
-    ctx = Context(function.name, target, Plan(function))
+    kept = flatten_pairs(function, target.lanes_f32)
+    ctx = Context(function.name, target, Plan(function, kept))
     ctx.b.open("program")
     _bind_program(ctx)
     _bind_params(ctx, function)

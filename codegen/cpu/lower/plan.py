@@ -6,6 +6,8 @@ gets memory (is materialized) when that avoids repeating costly work, or when a 
 use could change what it reads.
 """
 
+from collections.abc import Iterable
+
 from tilewright.codegen.cpu.lower.ttir import Block, Function, Op, Value, walk
 
 # Relative cost of repeating an operation for one vector; anything else is nearly free.
@@ -22,6 +24,7 @@ ROOTS = {
 EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas"}
 _LOOPS = {"scf.for", "scf.while"}
 MOVES = {"tt.trans", "tt.reshape", "tt.gather", "tt.join", "tt.split", "tt.cat"}
+MOVES |= {"tile.exchange", "tile.pick", "tile.drop", "tile.bits"}
 
 
 def cost_of(op: Op) -> int:
@@ -37,11 +40,14 @@ class Plan:
     Attributes:
         users: operations that use a value, once per operand.
         materialized: lazy values that get memory where they are defined.
+
+    Args:
+        kept: values that get memory in any case.
     """
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, kept: Iterable[Value] = ()) -> None:
         self.users: dict[Value, list[Op]] = {}
-        self.materialized: set[Value] = set()
+        self.materialized: set[Value] = set(kept)
         self._position: dict[Op, int] = {}
         self._last: dict[Op, int] = {}
         self._loops: dict[Op, list[Op]] = {}

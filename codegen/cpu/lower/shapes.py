@@ -53,23 +53,23 @@ def trans(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
     return ctx.value(op.operands[0], tuple(moved))
 
 
-def _low_bits(ctx: Context, lane: Lane, size: int) -> Lane:
+def low_bits(ctx: Context, lane: Lane, size: int) -> Lane:
     """``lane % size``; vectors start at multiples of their width, so many of them stay contiguous."""
     if isinstance(lane, Uniform) and is_const(lane.ref):
         return Uniform(I32, str(int(lane.ref) % size))
     if isinstance(lane, Affine) and lane.stride == 1 and lane.width <= size:
-        base = _low_bits(ctx, Uniform(I32, lane.base), size)
+        base = low_bits(ctx, Uniform(I32, lane.base), size)
         assert isinstance(base, Uniform)
         return Affine(I32, base.ref, 1, lane.width)
     return _integer(ctx, _AND, lane, Uniform(I32, str(size - 1)))
 
 
-def _high_bits(ctx: Context, lane: Lane, size: int) -> Lane:
+def high_bits(ctx: Context, lane: Lane, size: int) -> Lane:
     """``lane // size``."""
     if isinstance(lane, Uniform) and is_const(lane.ref):
         return Uniform(I32, str(int(lane.ref) // size))
     if isinstance(lane, Affine) and lane.stride == 1 and lane.width <= size:
-        return _high_bits(ctx, Uniform(I32, lane.base), size)
+        return high_bits(ctx, Uniform(I32, lane.base), size)
     return _integer(ctx, _SHIFT, lane, Uniform(I32, str(size.bit_length() - 1)))
 
 
@@ -98,8 +98,8 @@ def reshape(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
     rest = _linear(ctx, value.shape, point)
     moved: list[Lane] = []
     for size in reversed(source.shape):
-        moved.append(_low_bits(ctx, rest, size) if size > 1 else ZERO)
-        rest = _high_bits(ctx, rest, size) if size > 1 else rest
+        moved.append(low_bits(ctx, rest, size) if size > 1 else ZERO)
+        rest = high_bits(ctx, rest, size) if size > 1 else rest
     return ctx.value(source, tuple(reversed(moved)))
 
 
@@ -121,7 +121,7 @@ def cat(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
     """Concatenation along the first axis."""
     left, right = op.operands
     size = left.shape[0]
-    inner = (_low_bits(ctx, point[0], size), *point[1:])
+    inner = (low_bits(ctx, point[0], size), *point[1:])
     first = _integer(ctx, _LESS, point[0], Uniform(I32, str(size)))
     return select(ctx.b, first, ctx.value(left, inner), ctx.value(right, inner))
 
