@@ -34,6 +34,7 @@ class Builder:
         self._levels: dict[str, int] = {}
         self.scopes = [Scope(0, "entry")]
         self.allocas: list[str] = []
+        self.frees: list[str] = []
 
     @property
     def scope(self) -> Scope:
@@ -95,6 +96,14 @@ class Builder:
         """Scratch memory of the whole function, 64-byte aligned."""
         name = self.define(self.fresh("scratch"), 0)
         self.allocas.append(f"  {name} = alloca [{max(nbytes, 1)} x i8], align 64")
+        return name
+
+    def allocate(self, nbytes: int) -> str:
+        """The same from the heap, taken before the first program and given back behind the last one."""
+        name = self.define(self.fresh("heap"), 0)
+        size = -(-nbytes // 64) * 64
+        self.allocas.append(f"  {name} = call noalias ptr @aligned_alloc(i64 64, i64 {size})")
+        self.frees.append(f"  call void @free(ptr {name})")
         return name
 
     def memoized(self, key: Hashable) -> Any | None:

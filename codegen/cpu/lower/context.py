@@ -23,7 +23,10 @@ from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem, Op, Type, Value
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import UnsupportedOp, Where
 
-SCRATCH_LIMIT = 4 << 20
+# Large tiles come from the heap, once a call: stacks of threads are small, and LLVM keeps no large tile in registers.
+STACK_TILE = 64 << 10
+STACK_LIMIT = 1 << 20
+SCRATCH_LIMIT = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Context:
         self.program_ids: dict[str, str] = {}
         self.grid: dict[str, str] = {}
         self._rules: dict[str, Rule] = rules(self.math)
-        self._scratch_bytes = 0
+        self._scratch_bytes = self._stack_bytes = 0
 
     def unsupported(self, op: Op, why: str, hint: str = "") -> UnsupportedOp:
         """The error for an operation that cannot be lowered."""
@@ -103,7 +106,7 @@ class Context:
         """Scratch memory, counted against the limit.
 
         Raises:
-            UnsupportedOp: the kernel needs more than 4 MB.
+            UnsupportedOp: the kernel needs more than 256 MB.
         """
         self._scratch_bytes += nbytes
         if self._scratch_bytes > SCRATCH_LIMIT:
@@ -112,6 +115,9 @@ class Context:
                 f"its tiles need more than {SCRATCH_LIMIT >> 20} MB of memory for each program",
                 "use smaller block sizes",
             )
+        if nbytes >= STACK_TILE or self._stack_bytes + nbytes > STACK_LIMIT:
+            return self.b.allocate(nbytes)
+        self._stack_bytes += nbytes
         return self.b.alloca(nbytes)
 
     def new_buffer(self, type_: Type, op: Op | None) -> Buffer:

@@ -112,10 +112,18 @@ def _module_text(ctx: Context, function: Function) -> str:
         "  %next_program = add i64 %program_id, 1",
         "  br label %programs",
         "exit:",
+        *b.frees,
         "  ret void",
         "}",
     ]
-    parts = [f'target triple = "{ctx.target.triple}"', SAFE_PAGE_IR, ctx.math.definitions(), *ctx.functions.values()]
+    heap = "declare noalias ptr @aligned_alloc(i64, i64)\ndeclare void @free(ptr)" if b.frees else ""
+    parts = [
+        f'target triple = "{ctx.target.triple}"',
+        SAFE_PAGE_IR,
+        heap,
+        ctx.math.definitions(),
+        *ctx.functions.values(),
+    ]
     return "\n".join([*parts, *lines]) + "\n"
 
 
