@@ -279,7 +279,8 @@ def elementwise(b: LaneBuilder, op: Op, lanes: Sequence[Lane], rules: dict[str, 
     width = width_of(*lanes)
     refs = [b.vector(lane, width) if width else _scalar(lane) for lane in lanes]
     if op.name in CASTS:
-        out = cast(b, op.name, refs[0], lanes[0].elem, op.result.elem, width)
+        toward_zero = op.attrs.get("rounding") == "rtz"
+        out = cast(b, op.name, refs[0], lanes[0].elem, op.result.elem, width, toward_zero)
     else:
         out = rules[op.name](b, op, refs, lanes[0].elem, width)
     return Vector(op.result.elem, out, width) if width else Uniform(op.result.elem, out)

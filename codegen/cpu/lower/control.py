@@ -199,7 +199,7 @@ def lower_blocks(ctx: Context, blocks: Sequence[Block], lower: LowerBlock, resul
             raise ctx.unsupported(block.ops[-1], "branches that form a loop", "use a for or while loop")
         lower(ctx, block)
         last = block.ops[-1]
-        if last.name == "tt.return":
+        if last.name in ("tt.return", "tt.map_elementwise.return"):
             write_all(ctx, [(last.operands[k], buffer) for k, buffer in buffers.items()], last)
             return [ctx.scalar(last.operands[k]) for k in scalars]
         sides = [_enter(ctx, by_label[label], values) for label, values in last.targets]

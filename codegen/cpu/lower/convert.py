@@ -93,8 +93,8 @@ def _narrow_fp8(b: Builder, ref: str, elem: Elem, width: int) -> str:
     subnormal = b.emit(f"sub {i32} {total}, {const(magic_bits, width)}")
     is_sub = b.emit(f"icmp ult {i32} {mag}, {const((128 - bias) << 23, width)}")
     out = b.emit(f"select {i1} {is_sub}, {i32} {subnormal}, {i32} {normal}")
-    # e5m2 overflows to infinity; e4m3fn has none and saturates to its largest value, as a cast on a GPU does.
-    top = 0x7C if elem.name == "f8E5M2" else 0x7E
+    # Infinities too become the largest value, as in a cast on a GPU, though e5m2 has infinities.
+    top = 0x7B if elem.name == "f8E5M2" else 0x7E
     over = b.emit(f"icmp ugt {i32} {out}, {const(top, width)}")
     out = b.emit(f"select {i1} {over}, {i32} {const(top, width)}, {i32} {out}")
     huge = b.emit(f"icmp ugt {i32} {mag}, {const((254 - bias + 1) << 23, width)}")
@@ -104,10 +104,12 @@ def _narrow_fp8(b: Builder, ref: str, elem: Elem, width: int) -> str:
     return b.emit(f"trunc {i32} {b.emit(f'or {i32} {out}, {sign}')} to {typed('i8', width)}")
 
 
-def float_to_float(b: Builder, ref: str, src: Elem, dst: Elem, width: int) -> str:
-    """Between any two float types, rounded once."""
+def float_to_float(b: Builder, ref: str, src: Elem, dst: Elem, width: int, toward_zero: bool = False) -> str:
+    """Between any two float types, rounded once: to nearest even, or toward zero."""
     if src == dst:
         return ref
+    if toward_zero:
+        return _truncated(b, ref, src, float_to_float(b, ref, src, dst, width), dst, width)
     if src == F64:
         if dst == F32:
             return b.emit(f"fptrunc {typed('double', width)} {ref} to {typed('float', width)}")
@@ -116,6 +118,22 @@ def float_to_float(b: Builder, ref: str, src: Elem, dst: Elem, width: int) -> st
     if dst == F64:
         return b.emit(f"fpext {typed('float', width)} {wide} to {typed('double', width)}")
     return narrow(b, wide, dst, width)
+
+
+def _truncated(b: Builder, ref: str, src: Elem, near: str, dst: Elem, width: int) -> str:
+    """The neighbour nearer to zero where rounding to nearest made a number larger in size."""
+    f64, bits = typed("double", width), typed(f"i{dst.bits}", width)
+    suffix = f"v{width}f64" if width else "f64"
+    sizes = []
+    for value, elem in ((near, dst), (ref, src)):
+        wide = float_to_float(b, value, elem, F64, width)
+        sizes.append(b.emit(f"call {f64} @llvm.fabs.{suffix}({f64} {wide})"))
+    larger = b.emit(f"fcmp ogt {f64} {sizes[0]}, {sizes[1]}")
+    step = b.emit(f"zext {typed('i1', width)} {larger} to {bits}")
+    if dst.llvm == f"i{dst.bits}":
+        return b.emit(f"sub {bits} {near}, {step}")
+    moved = b.emit(f"sub {bits} {b.emit(f'bitcast {typed(dst.llvm, width)} {near} to {bits}')}, {step}")
+    return b.emit(f"bitcast {bits} {moved} to {typed(dst.llvm, width)}")
 
 
 def _round_to_odd(b: Builder, ref: str, width: int) -> str:
@@ -132,19 +150,20 @@ def _round_to_odd(b: Builder, ref: str, width: int) -> str:
     return b.emit(f"bitcast {i32} {b.emit(f'or {i32} {bits}, {inexact}')} to {f32}")
 
 
-def cast(b: Builder, name: str, ref: str, src: Elem, dst: Elem, width: int) -> str:
+def cast(b: Builder, name: str, ref: str, src: Elem, dst: Elem, width: int, toward_zero: bool = False) -> str:
     """One of the conversion operations of the arith and tt dialects.
 
     Args:
         name: operation name, such as ``arith.sitofp``.
         ref: scalar, or vector of ``width`` lanes.
+        toward_zero: rounding of a float to a narrower one, to nearest even otherwise.
     """
     src_t, dst_t = typed(src.llvm, width), typed(dst.llvm, width)
     kind = name.split(".")[1]
     if src == dst:
         return ref
     if kind in ("extf", "truncf", "fp_to_fp"):
-        return float_to_float(b, ref, src, dst, width)
+        return float_to_float(b, ref, src, dst, width, toward_zero)
     if kind in ("sitofp", "uitofp"):
         return _int_to_float(b, kind, ref, src, dst, width)
     if kind in ("fptosi", "fptoui"):

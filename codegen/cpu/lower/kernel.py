@@ -11,6 +11,7 @@ from tilewright.codegen.cpu.lower.carry import tile_for
 from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.control import lower_blocks, lower_for, lower_if, lower_while
 from tilewright.codegen.cpu.lower.dot import lower_dot
+from tilewright.codegen.cpu.lower.elementwise_map import lower_map_elementwise
 from tilewright.codegen.cpu.lower.inline import inline_calls
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.literals import scalar_literal
@@ -19,6 +20,7 @@ from tilewright.codegen.cpu.lower.pairs import flatten_pairs
 from tilewright.codegen.cpu.lower.parser import parse_module
 from tilewright.codegen.cpu.lower.plan import Plan, is_lazy
 from tilewright.codegen.cpu.lower.reduce import lower_reduce
+from tilewright.codegen.cpu.lower.scaled import expand_scaled_dots
 from tilewright.codegen.cpu.lower.scan import lower_scan
 from tilewright.codegen.cpu.lower.tiles import carrier, materialize
 from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op
@@ -51,6 +53,7 @@ def lower_module(ttir: str, target: CpuTarget) -> Lowered:
         UnsupportedOp: the kernel uses an operation that this backend cannot run.
     """
     function = inline_calls(parse_module(ttir))
+    expand_scaled_dots(function)
     kept = flatten_pairs(function, target.lanes_f32)
     ctx = Context(function.name, target, Plan(function, kept))
     ctx.b.open("program")
@@ -202,8 +205,13 @@ def _nothing(ctx: Context, op: Op) -> None:
     """Hints and barriers: the threads of a program are one."""
 
 
-_TERMINATORS = {"scf.yield", "scf.condition", "tt.return", "cf.br", "cf.cond_br"}
-_CONTROL = {"scf.for": lower_for, "scf.if": lower_if, "scf.while": lower_while}
+_TERMINATORS = {"scf.yield", "scf.condition", "tt.return", "tt.map_elementwise.return", "cf.br", "cf.cond_br"}
+_CONTROL = {
+    "scf.for": lower_for,
+    "scf.if": lower_if,
+    "scf.while": lower_while,
+    "tt.map_elementwise": lower_map_elementwise,
+}
 EAGER: dict[str, Callable[[Context, Op], None]] = {
     "tt.store": lower_store,
     "tt.reduce": lower_reduce,

@@ -285,6 +285,13 @@ class Parser:
         op.attrs["callee"] = callee.lstrip("@").strip('"')
         return op
 
+    def _dot_scaled(self, name: str, rest: str, loc: str) -> Op:
+        """``%a scale %s, %b scale %t, %c ...``, either scale left out; the attribute ``scaled`` names those given."""
+        op = self._plain(name, rest, loc)
+        given = zip(("lhs", "rhs"), split_top(rest, ","), strict=False)
+        op.attrs["scaled"] = " ".join(side for side, text in given if " scale " in text)
+        return op
+
 
 def _take_attrs(head: str) -> tuple[str, dict[str, str]]:
     """Splits ``{a = 1 : i32, ...}`` and ``<{...}>`` groups off an operation's text."""
@@ -300,7 +307,7 @@ def _take_attrs(head: str) -> tuple[str, dict[str, str]]:
 
 
 _NO_RESULT = {"tt.store", "tt.return", "scf.yield", "scf.condition", "tt.reduce.return", "tt.scan.return"}
-_NO_RESULT |= {"tt.print", "tt.assert"}
+_NO_RESULT |= {"tt.print", "tt.assert", "tt.map_elementwise.return"}
 _SPECIAL: dict[str, _Reader] = {
     "scf.for": Parser._for,
     "scf.if": Parser._if,
@@ -308,6 +315,7 @@ _SPECIAL: dict[str, _Reader] = {
     "cf.cond_br": Parser._branch,
     "cf.br": Parser._branch,
     "tt.call": Parser._call,
+    "tt.dot_scaled": Parser._dot_scaled,
 }
 
 

@@ -19,7 +19,7 @@ _EXPENSIVE = 2
 ROOTS = {
     "tt.store", "tt.reduce", "tt.scan", "tt.dot", "tt.atomic_rmw", "tt.atomic_cas", "tt.histogram", "tt.print",
     "tt.assert", "scf.for", "scf.while", "scf.if", "scf.yield", "scf.condition", "cf.region", "cf.br",
-    "cf.cond_br", "tt.return",
+    "cf.cond_br", "tt.return", "tt.map_elementwise", "tt.map_elementwise.return",
 }  # fmt: skip
 EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas"}
 _LOOPS = {"scf.for", "scf.while"}

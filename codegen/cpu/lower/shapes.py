@@ -95,12 +95,16 @@ def reshape(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
     if [s for s in source.shape if s > 1] == [s for s in value.shape if s > 1]:
         kept = iter([index for size, index in zip(value.shape, point, strict=True) if size > 1])
         return ctx.value(source, tuple(next(kept) if size > 1 else ZERO for size in source.shape))
-    rest = _linear(ctx, value.shape, point)
+    return ctx.value(source, unflatten(ctx, _linear(ctx, value.shape, point), source.shape))
+
+
+def unflatten(ctx: Context, index: Lane, shape: Sequence[int]) -> Point:
+    """Point with the number ``index`` in row-major order."""
     moved: list[Lane] = []
-    for size in reversed(source.shape):
-        moved.append(low_bits(ctx, rest, size) if size > 1 else ZERO)
-        rest = high_bits(ctx, rest, size) if size > 1 else rest
-    return ctx.value(source, tuple(reversed(moved)))
+    for size in reversed(shape):
+        moved.append(low_bits(ctx, index, size) if size > 1 else ZERO)
+        index = high_bits(ctx, index, size) if size > 1 else index
+    return tuple(reversed(moved))
 
 
 def join(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
