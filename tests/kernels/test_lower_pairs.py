@@ -148,3 +148,16 @@ def test_flip_of_the_first_axis() -> None:
     out = torch.empty_like(x)
     order_kernel[(1,)](x, out, "flip", 0, 16, 4)
     assert torch.equal(out, x.flip(0))
+
+
+@triton.jit
+def plain_reshape_kernel(out_ptr, M: tl.constexpr, N: tl.constexpr):
+    ones = tl.reshape(tl.full([M, N], 1, tl.int32), [M * N])
+    both = tl.arange(0, M)[:, None] + tl.arange(0, N)[None, :] * 3
+    tl.store(out_ptr + tl.arange(0, M * N), ones + tl.reshape(both, [M * N]))
+
+
+def test_reshapes_without_pairs_stay() -> None:
+    out = torch.empty(8 * 16, dtype=torch.int32)
+    plain_reshape_kernel[(1,)](out, 8, 16)
+    assert torch.equal(out.reshape(8, 16), 1 + torch.arange(8)[:, None].int() + torch.arange(16).int() * 3)

@@ -50,8 +50,8 @@ def _is_pairwise(op: Op) -> bool:
 
 def _expanded_pair(op: Op) -> Op | None:
     """The pairwise reduction whose axis an ``expand_dims`` puts back."""
-    source = op.operands[0].op
-    if op.name == "tt.expand_dims" and source is not None and _is_pairwise(source):
+    source = op.operands[0].op if op.name == "tt.expand_dims" else None
+    if source is not None and _is_pairwise(source):
         return source if source.int_attr("axis") == op.int_attr("axis") else None
     return None
 
