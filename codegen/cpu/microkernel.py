@@ -8,6 +8,7 @@ which each value of A is broadcast and multiplied with the vectors of one row of
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tilewright.codegen.cpu.microkernel_amx import AmxDot, TileShape, tile_shape
 from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, powers_of_two, vector
 from tilewright.codegen.cpu.microkernel_pack import Pack
 from tilewright.codegen.cpu.microkernel_step import Step, bf16_step, fma_step, int8_step, int16_step, integer_step
@@ -50,6 +51,13 @@ class TileDot:
         layouts = f"{self.a_layout}_{self.b_layout}{'_zero' if self.zero_init else ''}"
         return f"tile_dot_{self.m}x{self.n}x{self.k}_{self.a_dtype}_{self.b_dtype}_{self.acc_dtype}_{layouts}"
 
+    def tile_shape(self, target: CpuTarget) -> TileShape | None:
+        """Sizes the tile registers must have been set to when the function is called; None if it uses none."""
+        kinds = (self.a_dtype, self.b_dtype, self.acc_dtype, self.b_layout)
+        if kinds not in (("bf16", "bf16", "f32", "vnni"), ("i8", "i8", "i32", "vnni")):
+            return None
+        return tile_shape(self.m, self.n, self.k, self.a_dtype, target)
+
 
 def packed_form(dtype: str, k: int, target: CpuTarget) -> tuple[str, str]:
     """Fastest form of B on a target, for A and B of ``dtype``.
@@ -79,10 +87,14 @@ def tile_dot(spec: TileDot, target: CpuTarget) -> str:
     Raises:
         CodegenError: the dtypes or the layout of B do not fit one another or the target.
     """
-    step = _step(spec, target)
     ir = IrText()
-    a = _prepare_a(ir, spec, step, target)
-    _emit_tiles(ir, spec, step, a, target)
+    shape = spec.tile_shape(target)
+    if shape is not None:
+        AmxDot(spec.m, spec.n, spec.k, spec.a_dtype, shape, spec.zero_init, spec.a_layout == "km").write(ir, target)
+    else:
+        step = _step(spec, target)
+        a = _prepare_a(ir, spec, step, target)
+        _emit_tiles(ir, spec, step, a, target)
     signature = "ptr noalias %acc, ptr readonly %a, i64 %a_stride, ptr readonly %b, i64 %b_stride"
     return f"define internal void @{spec.symbol}({signature}) noinline nounwind {{\n{ir.text()}\n}}\n"
 

@@ -1,7 +1,9 @@
 """The processor that kernels are compiled for, as LLVM names it, with the few facts that lowering decides by."""
 
+import ctypes
 import functools
 import hashlib
+import sys
 from dataclasses import dataclass
 
 from tilewright import settings
@@ -9,10 +11,19 @@ from tilewright.errors import OptionError
 
 _BF16_DOT = ("+avx512bf16",)
 _INT8_DOT = ("+avx512vnni", "+avxvnni")
+_AMX = frozenset(("+amx-tile", "+amx-bf16", "+amx-int8"))
+
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) of Linux on x86-64, as a plain system call.
+_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 # Generic processors to cross-compile for: LLVM triple, LLVM cpu, features beyond those of the cpu. avx512 is
-# the set of Cooper Lake, Sapphire Rapids and Zen 4 (bf16 and int8 dot products included).
+# the set of Cooper Lake, Sapphire Rapids and Zen 4 (bf16 and int8 dot products included); amx adds tile registers.
 _NAMED = {
+    "amx": (
+        "x86_64-unknown-linux-gnu",
+        "x86-64-v4",
+        "+amx-bf16,+amx-int8,+amx-tile,+avx512bf16,+avx512vbmi,+avx512vnni,+fma",
+    ),
     "avx512": ("x86_64-unknown-linux-gnu", "x86-64-v4", "+avx512bf16,+avx512vbmi,+avx512vnni,+fma"),
     "avx2": ("x86_64-unknown-linux-gnu", "x86-64-v3", "+avx2,+f16c,+fma"),
     "neon": ("aarch64-unknown-linux-gnu", "generic", "+fp-armv8,+neon"),
@@ -31,6 +42,8 @@ class CpuTarget:
         bf16_dot: ``vdpbf16ps`` on ``vector_bits`` wide registers exists.
         int8_dot: ``vpdpbusd`` exists.
         fma: fused multiply-add exists.
+        amx: dot products of bf16 and int8 on tile registers exist. A process has to be permitted to use them:
+            ``host()`` asks, and names a machine without them where the answer is no.
     """
 
     triple: str
@@ -40,19 +53,29 @@ class CpuTarget:
     bf16_dot: bool
     int8_dot: bool
     fma: bool
+    amx: bool = False
 
     @staticmethod
     def native() -> "CpuTarget":
         """The target that kernels of this process are compiled for.
 
-        This machine, unless the setting ``cpu_features`` names another instruction set ("avx512", "avx2",
+        This machine, unless the setting ``cpu_features`` names another instruction set ("amx", "avx512", "avx2",
         "neon"; "native" is the default).
 
         Raises:
-            OptionError: the setting names no known instruction set.
+            OptionError: the setting names no known instruction set, or one with tile registers that this process
+                may not use.
         """
         name = settings.get("cpu_features")
-        return CpuTarget.host() if name in (None, "native") else CpuTarget.named(name)
+        target = CpuTarget.host() if name in (None, "native") else CpuTarget.named(name)
+        if target.amx and not CpuTarget.host().amx:
+            raise OptionError(
+                f"this process cannot run code for {name!r}",
+                where="setting cpu_features",
+                why="the processor has no AMX tile registers, or the system does not permit their use",
+                hint="avx512 has the same dot products without tiles",
+            )
+        return target
 
     @staticmethod
     @functools.cache
@@ -60,13 +83,15 @@ class CpuTarget:
         """This machine, whatever the settings say."""
         from llvmlite import binding as llvm
 
-        features = llvm.get_host_cpu_features()
+        features = dict(llvm.get_host_cpu_features())
+        if features.get("amx-tile") and not _tiles_permitted():
+            features |= {name: False for name in features if name.startswith("amx-")}
         flat = ",".join(sorted(f"{'+' if on else '-'}{name}" for name, on in features.items()))
         return _from_features(llvm.get_process_triple(), llvm.get_host_cpu_name(), flat)
 
     @staticmethod
     def named(name: str) -> "CpuTarget":
-        """A generic target: "avx512", "avx2" or "neon".
+        """A generic target: "amx", "avx512", "avx2" or "neon".
 
         Raises:
             OptionError: no such target.
@@ -135,4 +160,19 @@ def _from_features(triple: str, cpu: str, features: str) -> CpuTarget:
         bf16_dot=bits == 512 and not enabled.isdisjoint(_BF16_DOT),
         int8_dot=x86 and not enabled.isdisjoint(_INT8_DOT),
         fma="+fma" in enabled or not x86,
+        amx=bits == 512 and enabled >= _AMX,
     )
+
+
+@functools.cache
+def _tiles_permitted() -> bool:
+    """Asks the system to let this process use AMX tile registers; the answer holds for all threads and forks.
+
+    Every process that runs compiled kernels passes here, also one that only loads cached object code: the loader
+    asks for ``CpuTarget.host()``.
+    """
+    if sys.platform != "linux":
+        return False
+    numbers = (ctypes.c_long(number) for number in (_SYS_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA))
+    result = ctypes.CDLL(None).syscall(*numbers)
+    return bool(result == 0)

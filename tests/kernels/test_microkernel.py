@@ -8,6 +8,7 @@ import torch
 from llvmlite import binding as llvm
 
 from tilewright.codegen.cpu.microkernel import TileDot, packed_form, tile_dot
+from tilewright.codegen.cpu.microkernel_amx import RELEASE, tile_shape
 from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import CodegenError
@@ -27,7 +28,11 @@ _DTYPES = {
 _NATIVE = CpuTarget.native()
 X86_TARGETS = [
     name
-    for name, runs in {"avx2": _NATIVE.vector_bits >= 256, "avx512": _NATIVE.bf16_dot and _NATIVE.int8_dot}.items()
+    for name, runs in {
+        "avx2": _NATIVE.vector_bits >= 256,
+        "avx512": _NATIVE.bf16_dot and _NATIVE.int8_dot,
+        "amx": _NATIVE.amx,
+    }.items()
     if runs
 ]
 _KEPT: list[llvm.ExecutionEngine] = []  # machine code lives as long as its engine
@@ -59,7 +64,19 @@ def compiled(text: str, symbol: str, arguments: list[type], target: CpuTarget) -
 
 
 def multiply(spec: TileDot, target: CpuTarget, acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    function = compiled(tile_dot(spec, target), spec.symbol, [_POINTER, _POINTER, _INT, _POINTER, _INT], target)
+    text = tile_dot(spec, target)
+    shape = spec.tile_shape(target)
+    symbol = spec.symbol
+    if shape is not None:
+        symbol = "on_tiles"
+        text += f"""{shape.definition()}
+        define void @{symbol}(ptr %acc, ptr %a, i64 %a_stride, ptr %b, i64 %b_stride) {{
+          {shape.load_shape()}
+          call void @{spec.symbol}(ptr %acc, ptr %a, i64 %a_stride, ptr %b, i64 %b_stride)
+          {RELEASE}
+          ret void
+        }}"""
+    function = compiled(text, symbol, [_POINTER, _POINTER, _INT, _POINTER, _INT], target)
     function(acc.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0))
 
 
@@ -131,7 +148,7 @@ def test_f32_in_place(shape, a_layout, zero_init):
 @pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16", "i8"])
 @pytest.mark.parametrize("source_layout", ["kn", "nk"])
 @pytest.mark.parametrize("a_layout", ["mk", "km"])
-@pytest.mark.parametrize("shape", [(32, 64, 64), (5, 27, 12), (9, 20, 3)])
+@pytest.mark.parametrize("shape", [(32, 64, 64), (48, 16, 192), (8, 8, 8), (5, 27, 12), (9, 20, 3)])
 @pytest.mark.parametrize("target", X86_TARGETS)
 def test_every_dtype_layout_and_target(dtype, source_layout, a_layout, shape, target):
     check(shape, dtype, CpuTarget.named(target), source_layout, a_layout)
@@ -166,7 +183,7 @@ def test_a_stride_of_zero_repeats_one_row():
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "f16", "bf16", "i8"])
-@pytest.mark.parametrize("target", ["neon", "avx2", "avx512"])
+@pytest.mark.parametrize("target", ["neon", "avx2", "avx512", "amx"])
 def test_text_compiles_for_every_target_without_calls(dtype, target):
     named = CpuTarget.named(target)
     form = packed_form(dtype, 16, named)
@@ -188,6 +205,19 @@ def test_wide_tiles_keep_their_accumulators_in_registers():
         assembly = machine.emit_assembly(module)
         assert assembly.count(instruction) >= 64
         assert not [line for line in assembly.splitlines() if "zmm" in line and ("(%rsp)" in line or "(%rbp)" in line)]
+
+
+def test_tile_registers_are_used_where_all_tiles_have_one_shape():
+    amx, avx512 = CpuTarget.named("amx"), CpuTarget.named("avx512")
+    assert tile_shape(64, 64, 64, "bf16", avx512) is None
+    assert tile_shape(64, 64, 64, "f32", amx) is None
+    assert tile_shape(24, 64, 64, "bf16", amx) is None
+    for dtype, k, k_bytes in (("bf16", 64, 64), ("bf16", 16, 32), ("i8", 64, 64), ("i8", 32, 32)):
+        shape = tile_shape(64, 8, k, dtype, amx)
+        assert (shape.m, shape.n, shape.k_bytes) == (16, 8, k_bytes)
+    spec = TileDot(32, 32, 64, "bf16", "bf16", "f32", "vnni")
+    module, machine = optimized(tile_dot(spec, amx).replace("define internal", "define"), amx)
+    assert machine.emit_assembly(module).count("tdpbf16ps") == 4
 
 
 def test_what_the_target_cannot_multiply_is_refused():

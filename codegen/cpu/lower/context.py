@@ -20,6 +20,7 @@ from tilewright.codegen.cpu.lower.mathfn import MathLibrary, extern_name, rules
 from tilewright.codegen.cpu.lower.plan import Plan
 from tilewright.codegen.cpu.lower.quotient import divide_by_shared, shares_divisor
 from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem, Op, Type, Value
+from tilewright.codegen.cpu.microkernel_amx import TileShape
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import UnsupportedOp, Where
 
@@ -27,6 +28,8 @@ from tilewright.errors import UnsupportedOp, Where
 STACK_TILE = 64 << 10
 STACK_LIMIT = 1 << 20
 SCRATCH_LIMIT = 256 << 20
+# Operations that kernels keep an index in range with, and the operand that is the index: x % n, where(x < n, x, 0).
+UNWRAPPED = {"arith.remsi": 0, "arith.remui": 0, "arith.select": 1}
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,10 @@ class Context:
         carried: tiles that a reduction writes to memory while it passes over them.
         levels: scope level a value was defined at; it must not be evaluated further out.
         assumed: names of conditions and lane bounds known to hold in the code being written.
+        unwrapped: results of ``UNWRAPPED`` operations that are taken to be the operand they are made of.
+        functions: text of the functions that the kernel calls, by name.
+        tile_shapes: sizes of tile registers that dot products need. One is set where the kernel is entered; where there
+            are more, each product sets its own.
     """
 
     def __init__(self, kernel: str, target: CpuTarget, plan: Plan) -> None:
@@ -87,7 +94,9 @@ class Context:
         self.destinations: dict[Value, Buffer] = {}
         self.carried: dict[Op, list[Value]] = {}
         self.assumed: set[str] = set()
+        self.unwrapped: frozenset[Value] = frozenset()
         self.functions: dict[str, str] = {}
+        self.tile_shapes: list[TileShape] = []
         self.program_ids: dict[str, str] = {}
         self.grid: dict[str, str] = {}
         self._rules: dict[str, Rule] = rules(self.math)
@@ -145,10 +154,12 @@ class Context:
         Args:
             point: one index lane (i32) per axis of the value.
         """
+        if value in self.unwrapped and value.op is not None:
+            return self.value(value.op.operands[UNWRAPPED[value.op.name]], point)
         binding = self.bindings.get(value)
         if isinstance(binding, Scalar):
             return Uniform(value.elem, binding.ref)
-        key = (value, point)
+        key = (value, point, self.unwrapped)
         found = self.b.memoized(key)
         if found is not None:
             return found

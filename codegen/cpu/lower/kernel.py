@@ -10,7 +10,7 @@ from tilewright.codegen.cpu.lower.atomic import EAGER_ELEMENTS
 from tilewright.codegen.cpu.lower.carry import tile_for
 from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.control import lower_blocks, lower_for, lower_if, lower_while
-from tilewright.codegen.cpu.lower.dot import lower_dot
+from tilewright.codegen.cpu.lower.dot import find_tile_shapes, lower_dot
 from tilewright.codegen.cpu.lower.elementwise_map import lower_map_elementwise
 from tilewright.codegen.cpu.lower.inline import inline_calls
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
@@ -24,6 +24,7 @@ from tilewright.codegen.cpu.lower.scaled import expand_scaled_dots
 from tilewright.codegen.cpu.lower.scan import lower_scan
 from tilewright.codegen.cpu.lower.tiles import carrier, materialize
 from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op
+from tilewright.codegen.cpu.microkernel_amx import RELEASE
 from tilewright.codegen.cpu.target import CpuTarget
 
 _AXES = "xyz"
@@ -56,6 +57,7 @@ def lower_module(ttir: str, target: CpuTarget) -> Lowered:
     expand_scaled_dots(function)
     kept = flatten_pairs(function, target.lanes_f32)
     ctx = Context(function.name, target, Plan(function, kept))
+    ctx.tile_shapes = find_tile_shapes(ctx, function.blocks)
     ctx.b.open("program")
     _bind_program(ctx)
     _bind_params(ctx, function)
@@ -106,7 +108,9 @@ def _module_text(ctx: Context, function: Function) -> str:
     entry = b.scopes[0]
     name = function.name if re.fullmatch(r"[\w.$]+", function.name) else f'"{function.name}"'
     header = f"define void @{name}(ptr %args, i32 %grid_x, i32 %grid_y, i32 %grid_z, i64 %first, i64 %last)"
-    lines = [f"{header} nounwind {{", "entry:", *b.allocas, *entry.lines, "  br label %programs", "programs:"]
+    tiles = ctx.tile_shapes
+    start = [f"  {tiles[0].load_shape()}"] if len(tiles) == 1 else []
+    lines = [f"{header} nounwind {{", "entry:", *b.allocas, *entry.lines, *start, "  br label %programs", "programs:"]
     lines += [
         f"  %program_id = phi i64 [%first, %entry], [%next_program, %{program.label}]",
         "  %any_program = icmp slt i64 %program_id, %last",
@@ -116,6 +120,8 @@ def _module_text(ctx: Context, function: Function) -> str:
         "  br label %programs",
         "exit:",
         *b.frees,
+        # Tiles that stay in use would make every later switch of threads save and restore 8 KB.
+        *([f"  {RELEASE}"] if tiles else []),
         "  ret void",
         "}",
     ]
@@ -126,6 +132,7 @@ def _module_text(ctx: Context, function: Function) -> str:
         heap,
         ctx.math.definitions(),
         *ctx.functions.values(),
+        *(shape.definition() for shape in tiles),
     ]
     return "\n".join([*parts, *lines]) + "\n"
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cpu.lower.context import Context
+from tilewright.codegen.cpu.lower.context import UNWRAPPED, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Mask, Point, Uniform, is_const
 from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
 from tilewright.codegen.cpu.lower.ttir import I32, Value
@@ -69,7 +69,9 @@ def _without(point: Point, axis: int) -> Point:
 def index_like(ctx: Context, value: Value) -> bool:
     """Whether a value is plain index arithmetic, cheap to evaluate anywhere."""
     return all(
-        not v.type.is_tensor or (v not in ctx.bindings and v.op is not None and v.op.name in _INDEX_OPS)
+        not v.type.is_tensor
+        or v in ctx.unwrapped
+        or (v not in ctx.bindings and v.op is not None and v.op.name in _INDEX_OPS)
         for v in expression(ctx, value)
     )
 
@@ -81,9 +83,12 @@ def expression(ctx: Context, value: Value) -> Iterator[Value]:
     while pending:
         current = pending.pop()
         yield current
-        if current in ctx.bindings or current.op is None or not is_lazy(current.op):
+        operands = current.op.operands if current.op is not None else []
+        if current in ctx.unwrapped and current.op is not None:
+            operands = [operands[UNWRAPPED[current.op.name]]]
+        elif current in ctx.bindings or current.op is None or not is_lazy(current.op):
             continue
-        for operand in current.op.operands:
+        for operand in operands:
             if operand not in seen:
                 seen.add(operand)
                 pending.append(operand)

@@ -188,6 +188,8 @@ class Plan:
 
     def _is_dot_operand(self, value: Value) -> bool:
         """A plain load for dot products is read where it is."""
+        if _feeds_grouped(value, self.users):
+            return True
         if value.op is None or value.op.name not in ("tt.load", "tt.trans"):
             return False
         return all(user.name == "tt.dot" or user.name == "tt.trans" for user in self.users.get(value, []))
@@ -206,6 +208,30 @@ class Plan:
             return False
         start, last = self._position[value.op], self.last_read(value)
         return any(start < effect < last for effect in self._effects)
+
+
+def grouped_load(value: Value) -> Op | None:
+    """The load of ``reshape(trans(load, (0, 2, 1)))`` from [K / g, N, g] to [K, N]; None for anything else."""
+    reshape = value.op
+    if reshape is None or reshape.name != "tt.reshape" or len(value.shape) != 2:
+        return None
+    turn = reshape.operands[0].op
+    if turn is None or turn.name != "tt.trans" or order_of(turn) != (0, 2, 1):
+        return None
+    load = turn.operands[0].op
+    if load is None or load.name != "tt.load":
+        return None
+    groups, columns, group = load.result.shape
+    return load if value.shape == (groups * group, columns) else None
+
+
+def _feeds_grouped(value: Value, users: dict[Value, list[Op]]) -> bool:
+    """Whether a value is a link of the chain of ``grouped_load`` that ends in dot products only."""
+    following = users.get(value, [])
+    while len(following) == 1 and following[0].name in ("tt.trans", "tt.reshape"):
+        value = following[0].result
+        following = users.get(value, [])
+    return grouped_load(value) is not None and all(user.name == "tt.dot" for user in following)
 
 
 def is_lazy(op: Op) -> bool:
