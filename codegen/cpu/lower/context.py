@@ -16,7 +16,8 @@ from tilewright.codegen.cpu.lower.lanes import (
     is_const,
     width_of,
 )
-from tilewright.codegen.cpu.lower.mathfn import MathLibrary, extern_name, rules
+from tilewright.codegen.cpu.lower.libdevice import extern_rule, symbol_of
+from tilewright.codegen.cpu.lower.mathfn import MathLibrary, rules
 from tilewright.codegen.cpu.lower.plan import Plan
 from tilewright.codegen.cpu.lower.quotient import divide_by_shared, shares_divisor
 from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem, Op, Type, Value
@@ -88,7 +89,7 @@ class Context:
         self.b = LaneBuilder()
         self.kernel, self.target, self.plan = kernel, target, plan
         self.width = target.lanes_f32
-        self.math = MathLibrary()
+        self.math = MathLibrary(target)
         self.bindings: dict[Value, Binding] = {}
         self.levels: dict[Value, int] = {}
         self.destinations: dict[Value, Buffer] = {}
@@ -99,7 +100,10 @@ class Context:
         self.tile_shapes: list[TileShape] = []
         self.program_ids: dict[str, str] = {}
         self.grid: dict[str, str] = {}
-        self._rules: dict[str, Rule] = rules(self.math)
+        self._rules: dict[str, Rule] = {
+            **rules(self.math),
+            "tt.extern_elementwise": extern_rule(self.math),
+        }
         self._scratch_bytes = self._stack_bytes = 0
 
     def unsupported(self, op: Op, why: str, hint: str = "") -> UnsupportedOp:
@@ -199,7 +203,7 @@ class Context:
         try:
             return self.simplify(elementwise(self.b, op, [self.simplify(lane) for lane in lanes], self._rules))
         except KeyError:
-            name = extern_name(op.attrs.get("symbol", op.name))
+            name = symbol_of(op) if "symbol" in op.attrs else op.name
             raise self.unsupported(op, f"there is no function {name} for {op.operands[0].elem.name}") from None
 
     def simplify(self, lane: Lane) -> Lane:

@@ -12,6 +12,7 @@ from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.control import lower_blocks, lower_for, lower_if, lower_while
 from tilewright.codegen.cpu.lower.dot import find_tile_shapes, lower_dot
 from tilewright.codegen.cpu.lower.elementwise_map import lower_map_elementwise
+from tilewright.codegen.cpu.lower.idioms import recognize_idioms
 from tilewright.codegen.cpu.lower.inline import inline_calls
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.literals import scalar_literal
@@ -55,6 +56,7 @@ def lower_module(ttir: str, target: CpuTarget) -> Lowered:
     """
     function = inline_calls(parse_module(ttir))
     expand_scaled_dots(function)
+    recognize_idioms(function)
     kept = flatten_pairs(function, target.lanes_f32)
     ctx = Context(function.name, target, Plan(function, kept))
     ctx.tile_shapes = find_tile_shapes(ctx, function.blocks)
