@@ -156,7 +156,8 @@ class FloatCode(Builder):
         symbol = f"@tw.libm.{name}.{self.suffix}"
         if symbol not in self.functions:
             self.functions[symbol] = self._lanes_by_libm(symbol, name, len(operands))
-        return self.emit(f"call {self.type} {symbol}({', '.join(f'{self.type} {ref}' for ref in operands)})")
+        # Where it is written, not further out: what is slow may stand in a branch for a reason.
+        return self.effect_value(f"call {self.type} {symbol}({', '.join(f'{self.type} {ref}' for ref in operands)})")
 
     def _lanes_by_libm(self, symbol: str, name: str, arity: int) -> str:
         """A function of its own, not inlined: a call for each lane is long, and its time is that of the calls."""
