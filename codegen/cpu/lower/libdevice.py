@@ -27,7 +27,7 @@ def extern_rule(library: MathLibrary) -> Rule:
     """The rule of ``tt.extern_elementwise``; it raises KeyError for a symbol that is not known."""
 
     def rule(b: LaneBuilder, op: Op, refs: list[str], elem: Elem, width: int) -> str:
-        return _TABLE[symbol_of(op)](library, b, refs, elem, width)
+        return SYMBOLS[symbol_of(op)](library, b, refs, elem, width)
 
     return rule
 
@@ -176,14 +176,14 @@ def _integer(write: Callable[[LaneBuilder, list[str], Elem, int], str]) -> _Entr
     return lambda library, b, refs, elem, width: write(b, refs, elem, width)
 
 
-_TABLE: dict[str, _Entry] = {symbol: _integer(write) for symbol, write in INTEGER_FUNCTIONS.items()}
+SYMBOLS: dict[str, _Entry] = {symbol: _integer(write) for symbol, write in INTEGER_FUNCTIONS.items()}
 for _name in FUNCTIONS:
-    _TABLE |= dict.fromkeys((f"__nv_{_name}", f"__nv_{_name}f"), _function(_name))
-    _TABLE |= dict.fromkeys((f"__ocml_{_name}_f32", f"__ocml_{_name}_f64"), _function(_name))
+    SYMBOLS |= dict.fromkeys((f"__nv_{_name}", f"__nv_{_name}f"), _function(_name))
+    SYMBOLS |= dict.fromkeys((f"__ocml_{_name}_f32", f"__ocml_{_name}_f64"), _function(_name))
 for _name in ("sin", "cos", "tan", "log", "log2", "log10", "exp", "exp10", "pow"):
-    _TABLE[f"__nv_fast_{_name}f"] = _function(_name)
+    SYMBOLS[f"__nv_fast_{_name}f"] = _function(_name)
 _DIVIDE = _rounded("fdiv", "rn")
-_TABLE |= {
+SYMBOLS |= {
     "__nv_fast_fdividef": _DIVIDE,
     "__nv_saturatef": _function("saturate"),
     "__nv_frsqrt_rn": _function("rsqrt_rn"),
@@ -213,7 +213,7 @@ _TABLE |= {
 }
 for _name in ("jn", "yn"):
     _bessel = _by_lanes(_name, (I32, F64), F64)
-    _TABLE |= {f"__nv_{_name}": _bessel, f"__nv_{_name}f": _in_f64(_bessel, position=1)}
+    SYMBOLS |= {f"__nv_{_name}": _bessel, f"__nv_{_name}f": _in_f64(_bessel, position=1)}
 for _name, _kind, _result in (
     ("int_as_float", "bitcast", F32),
     ("uint_as_float", "bitcast", F32),
@@ -222,20 +222,20 @@ for _name, _kind, _result in (
     ("longlong_as_double", "bitcast", F64),
     ("double_as_longlong", "bitcast", I64),
 ):
-    _TABLE[f"__nv_{_name}"] = _cast(_kind, _result)
+    SYMBOLS[f"__nv_{_name}"] = _cast(_kind, _result)
 for _mode in ("rn", "rz", "ru", "rd"):
     for _name in ("add", "sub", "mul", "div", "sqrt"):
         _operation = _rounded(_name if _name == "sqrt" else f"f{_name}", _mode)
-        _TABLE |= {f"__nv_f{_name}_{_mode}": _operation, f"__nv_d{_name}_{_mode}": _operation}
-    _TABLE |= {f"__nv_fmaf_{_mode}": _rounded("fma", _mode), f"__nv_fma_{_mode}": _rounded("fma", _mode)}
-    _TABLE |= {f"__nv_{_type}rcp_{_mode}": _reciprocal(_mode) for _type in "fd"}
-    _TABLE[f"__nv_double2float_{_mode}"] = _rounded("fptrunc", _mode)
+        SYMBOLS |= {f"__nv_f{_name}_{_mode}": _operation, f"__nv_d{_name}_{_mode}": _operation}
+    SYMBOLS |= {f"__nv_fmaf_{_mode}": _rounded("fma", _mode), f"__nv_fma_{_mode}": _rounded("fma", _mode)}
+    SYMBOLS |= {f"__nv_{_type}rcp_{_mode}": _reciprocal(_mode) for _type in "fd"}
+    SYMBOLS[f"__nv_double2float_{_mode}"] = _rounded("fptrunc", _mode)
     for _source in ("float", "double"):
-        _TABLE[f"__nv_{_source}2int_{_mode}"] = _to_integer(_mode, True, 32)
-        _TABLE[f"__nv_{_source}2uint_{_mode}"] = _to_integer(_mode, False, 32)
-        _TABLE[f"__nv_{_source}2ll_{_mode}"] = _to_integer(_mode, True, 64)
-        _TABLE[f"__nv_{_source}2ull_{_mode}"] = _to_integer(_mode, False, 64)
+        SYMBOLS[f"__nv_{_source}2int_{_mode}"] = _to_integer(_mode, True, 32)
+        SYMBOLS[f"__nv_{_source}2uint_{_mode}"] = _to_integer(_mode, False, 32)
+        SYMBOLS[f"__nv_{_source}2ll_{_mode}"] = _to_integer(_mode, True, 64)
+        SYMBOLS[f"__nv_{_source}2ull_{_mode}"] = _to_integer(_mode, False, 64)
     for _name, _signed in (("int", True), ("uint", False), ("ll", True), ("ull", False)):
-        _TABLE[f"__nv_{_name}2float_{_mode}"] = _from_integer(_mode, _signed, F32)
+        SYMBOLS[f"__nv_{_name}2float_{_mode}"] = _from_integer(_mode, _signed, F32)
         if _name.endswith("ll"):
-            _TABLE[f"__nv_{_name}2double_{_mode}"] = _from_integer(_mode, _signed, F64)
+            SYMBOLS[f"__nv_{_name}2double_{_mode}"] = _from_integer(_mode, _signed, F64)

@@ -71,7 +71,8 @@ def tanh(f: FloatCode, x: str) -> str:
     small = f.fma(f.mul(square, x), f.horner(square, _TANH), x)
     e = exp(f, f.add(size, size))
     large = f.sub(1.0, f.div(2.0, f.add(e, 1.0)))
-    return f.choose(f.compare("olt", size, 0.625), small, f.copysign(large, x))
+    # The sign last: the polynomial has lost that of -0.
+    return f.copysign(f.choose(f.compare("olt", size, 0.625), small, large), x)
 
 
 def _expm1_of_remainder(w: FloatCode, r: str) -> str:
