@@ -23,8 +23,9 @@ from tilewright.errors import UnsupportedOp, Where
 class CpuOptions:
     """What a launch may ask of the compiler, with the names Triton's front end and autotuner use.
 
-    ``num_warps``, ``num_ctas``, ``num_stages``, ``maxnreg`` and the launch flags choose how a GPU runs a kernel.
-    They do not change CPU code; they are accepted so that kernels tuned for a GPU run as they are.
+    ``num_warps``, ``num_ctas``, ``num_stages``, ``maxnreg``, the launch flags and what AMD's and Intel's backends add
+    (``waves_per_eu`` to ``grf_mode``) choose how a GPU runs a kernel. They do not change CPU code; they are accepted
+    so that kernels tuned for a GPU run as they are.
 
     Attributes:
         arch: ``CpuTarget.key`` of the instruction set.
@@ -44,6 +45,12 @@ class CpuOptions:
     enable_fp_fusion: bool = True
     launch_cooperative_grid: bool = False
     launch_pdl: bool = False
+    waves_per_eu: int = 0
+    matrix_instr_nonkdim: int = 0
+    kpack: int = 1
+    schedule_hint: str = "none"
+    threads_per_warp: int = 1
+    grf_mode: str = "default"
     extern_libs: tuple[tuple[str, str], ...] = ()
     ir_override: str | None = None
     instrumentation_mode: str = ""

@@ -237,6 +237,14 @@ def test_autotune_and_heuristics() -> None:
     assert torch.equal(out, x + y)
 
 
+def test_options_of_other_gpus_are_accepted() -> None:
+    x = torch.randn(100)
+    out = torch.empty_like(x)
+    config = triton.Config({"BLOCK": 64, "waves_per_eu": 2, "matrix_instr_nonkdim": 16, "kpack": 2}, num_warps=4)
+    triton.autotune([config], key=["n"])(scale_kernel)[(2,)](x, out, 100, 2.0)
+    assert torch.equal(out, x * 2)
+
+
 def test_do_bench_measures_milliseconds() -> None:
     x, out = torch.randn(64), torch.empty(64)
     best = triton.testing.do_bench(lambda: scale_kernel[(1,)](x, out, 64, 2.0, BLOCK=64), warmup=1, rep=2)
