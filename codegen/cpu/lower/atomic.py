@@ -1,20 +1,18 @@
-"""Operations that go through a tile element by element: atomics, histograms and prints."""
+"""Operations that go through a tile element by element: atomics and histograms."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.convert import narrow, widen
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Point, Uniform
 from tilewright.codegen.cpu.lower.nest import scalar_nest
-from tilewright.codegen.cpu.lower.ttir import I1, Elem, Op, Value
+from tilewright.codegen.cpu.lower.ttir import Elem, Op
 
 _KINDS = {
     "add": "add", "fadd": "fadd", "max": "max", "min": "min", "umax": "umax", "umin": "umin", "and": "and",
     "or": "or", "xor": "xor", "exch": "xchg",
 }  # fmt: skip
 _ORDERS = {"acq_rel": "acq_rel", "acquire": "acquire", "release": "release", "relaxed": "monotonic"}
-_PRINTF = "declare i32 @printf(ptr, ...)\ndeclare i32 @fflush(ptr)"
 
 
 def _ref(lane: Lane) -> str:
@@ -135,57 +133,8 @@ def lower_histogram(ctx: Context, op: Op) -> None:
     ctx.bind(result, counts)
 
 
-def lower_print(ctx: Context, op: Op) -> None:
-    """``tt.print``: one line an element, with the program's coordinates, as on a GPU."""
-    ctx.functions["printf"] = _PRINTF
-    prefix = op.attrs.get("text", '""').strip('"')
-    hexadecimal = op.attrs.get("hex") == "true"
-    signs = [int(x) for x in op.attrs.get("isSigned", ":").partition(":")[2].strip(" >").split(",") if x.strip()]
-    if not op.operands:
-        _print_line(ctx, op, prefix, None, hexadecimal, True, ())
-    for number, value in enumerate(op.operands):
-        signed = number < len(signs) and bool(signs[number])
-        scalar_nest(ctx, value.shape, partial(_print_line, ctx, op, prefix, value, hexadecimal, signed))
-    ctx.b.effect("call i32 @fflush(ptr null)")
-
-
-def _print_line(
-    ctx: Context, op: Op, prefix: str, value: Value | None, hexadecimal: bool, signed: bool, point: Point
-) -> None:
-    b = ctx.b
-    args = [f"i32 {ctx.program_ids[axis]}" for axis in "xyz"]
-    text = "pid (%d, %d, %d) "
-    if point:
-        text += "idx (" + ", ".join(["%d"] * len(point)) + ")"
-        args += [f"i32 {_ref(lane)}" for lane in point]
-    text += prefix.replace("%", "%%")
-    if value is not None:
-        ref = _ref(ctx.simplify(ctx.value(value, point)))
-        form, arg = _printf_argument(ctx, ref, value.elem, hexadecimal, signed)
-        text += form
-        args.append(arg)
-    data = text.encode() + b"\n\0"
-    name = f"@tw.text{len(ctx.functions)}"
-    escaped = "".join(f"\\{byte:02X}" for byte in data)
-    ctx.functions[name] = f'{name} = internal constant [{len(data)} x i8] c"{escaped}"'
-    b.effect(f"call i32 (ptr, ...) @printf(ptr {name}, {', '.join(args)})")
-
-
-def _printf_argument(ctx: Context, ref: str, elem: Elem, hexadecimal: bool, signed: bool) -> tuple[str, str]:
-    b = ctx.b
-    if elem.is_float:
-        wide = b.emit(f"fpext float {widen(b, ref, elem, 0)} to double") if elem.name != "f64" else ref
-        return "%f", f"double {wide}"
-    if elem.is_ptr:
-        return "%p", f"ptr {ref}"
-    extend = "sext" if signed and elem != I1 else "zext"
-    wide = ref if elem.bits == 64 else b.emit(f"{extend} {elem.llvm} {ref} to i64")
-    return ("0x%llx" if hexadecimal else "%lld" if signed else "%llu"), f"i64 {wide}"
-
-
 EAGER_ELEMENTS = {
     "tt.atomic_rmw": lower_atomic_rmw,
     "tt.atomic_cas": lower_atomic_cas,
     "tt.histogram": lower_histogram,
-    "tt.print": lower_print,
 }

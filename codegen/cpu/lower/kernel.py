@@ -20,6 +20,7 @@ from tilewright.codegen.cpu.lower.memory import lower_store, scalar_load
 from tilewright.codegen.cpu.lower.pairs import flatten_pairs
 from tilewright.codegen.cpu.lower.parser import parse_module
 from tilewright.codegen.cpu.lower.plan import Plan, is_lazy
+from tilewright.codegen.cpu.lower.printing import lower_print
 from tilewright.codegen.cpu.lower.reduce import lower_reduce
 from tilewright.codegen.cpu.lower.scaled import expand_scaled_dots
 from tilewright.codegen.cpu.lower.scan import lower_scan
@@ -227,6 +228,7 @@ EAGER: dict[str, Callable[[Context, Op], None]] = {
     "tt.scan": lower_scan,
     "tt.dot": lower_dot,
     **EAGER_ELEMENTS,
+    "tt.print": lower_print,
     "tt.assert": _assert,
     "arith.constant": _constant,
     "ub.poison": _constant,
