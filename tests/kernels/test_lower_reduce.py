@@ -129,6 +129,33 @@ def test_scan_of_two_operands_keeps_the_order(axis: int) -> None:
 
 
 @triton.jit
+def complex_product(real_a, imaginary_a, real_b, imaginary_b):
+    return real_a * real_b - imaginary_a * imaginary_b, real_a * imaginary_b + imaginary_a * real_b
+
+
+@triton.jit
+def product_kernel(x_ptr, y_ptr, out_ptr, B: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    b = tl.arange(0, B)[:, None, None]
+    p = (b * M + tl.arange(0, M)[None, :, None]) * N + tl.arange(0, N)[None, None, :]
+    real, imaginary = tl.reduce((tl.load(x_ptr + p), tl.load(y_ptr + p)), 2, complex_product)
+    row = 2 * (tl.arange(0, B)[:, None] * M + tl.arange(0, M)[None, :])
+    tl.store(out_ptr + row, real)
+    tl.store(out_ptr + row + 1, imaginary)
+
+
+@pytest.mark.parametrize(
+    ("b", "m", "n"), [(1, 1, 64), (2, 2, 4), (1, 4, 64), (2, 16, 16), (1, 64, 2), (4, 32, 128), (4, 8, 1)]
+)
+def test_rows_are_reduced_several_at_a_time(b: int, m: int, n: int) -> None:
+    # Whatever the number of rows is against the lanes of a vector.
+    phase = torch.rand(b, m, n) * 6
+    x, y, out = phase.cos(), phase.sin(), torch.empty(b, m, 2)
+    product_kernel[(1,)](x, y, out, B=b, M=m, N=n)
+    expected = torch.complex(x.double(), y.double()).prod(2)
+    torch.testing.assert_close(out.double(), torch.view_as_real(expected), rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
 def cumsum_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, REVERSE: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0)

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from tilewright.codegen.cpu.lower.bounds import tail_bound, tail_literal
+from tilewright.codegen.cpu.lower.combine import as_vector, combine, horizontal, horizontal_rows, ref_of
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
-from tilewright.codegen.cpu.lower.lanes import ZERO, Lane, Mask, Point, Uniform, Vector, is_const, type_of
+from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Point, Uniform, Vector, is_const, type_of
 from tilewright.codegen.cpu.lower.literals import scalar_literal
 from tilewright.codegen.cpu.lower.nest import (
     Conjunct,
@@ -60,59 +61,6 @@ def _nan(elem: Elem) -> str:
     return hex((((1 << exponent) - 1) << mantissa) | (1 << (mantissa - 1)))
 
 
-def combine(ctx: Context, block: Block, left: Sequence[Lane], right: Sequence[Lane]) -> list[Lane]:
-    """Runs a combine function on two tuples of lanes."""
-    values = dict(zip(block.args, [*left, *right], strict=True))
-    for op in block.ops:
-        lanes = [values[v] if v in values else ctx.value(v, ()) for v in op.operands]
-        if op.name in ("tt.reduce.return", "tt.scan.return"):
-            return lanes
-        if op.name == "arith.constant":
-            values[op.result] = Uniform(op.result.elem, scalar_literal(op.attrs["value"], op.result.elem))
-            continue
-        if len(op.results) != 1 or op.regions:
-            raise ctx.unsupported(op, "a combine function may hold only elementwise operations")
-        values[op.result] = ctx.apply(op, lanes)
-    raise ctx.unsupported(block.ops[-1], "a combine function without a result")
-
-
-def as_vector(ctx: Context, lane: Lane, width: int) -> Lane:
-    """The lane as a register, so that it can be carried by a loop."""
-    if not width:
-        return Uniform(I1, "true") if isinstance(lane, Mask) else lane
-    return Vector(lane.elem, ctx.b.vector(lane, width), width)
-
-
-def ref_of(lane: Lane) -> str:
-    """Register of a uniform or vector lane."""
-    assert isinstance(lane, Uniform | Vector)
-    return lane.ref
-
-
-def horizontal(ctx: Context, block: Block, lanes: Sequence[Lane], width: int) -> list[Lane]:
-    """Combines the lanes of vectors with each other, halving them; the order of the elements is kept."""
-    current = list(lanes)
-    while width > 1:
-        pairs = [[], []]  # type: list[list[Lane]]
-        for lane in current:
-            for half in range(2):
-                pairs[half].append(_every_second(ctx, lane, width, half))
-        width //= 2
-        current = combine(ctx, block, pairs[0], pairs[1])
-        current = [as_vector(ctx, lane, width if width > 1 else 0) for lane in current]
-    return current
-
-
-def _every_second(ctx: Context, lane: Lane, width: int, start: int) -> Lane:
-    type_ = type_of(lane.elem, width)
-    ref = ref_of(lane)
-    if width == 2:
-        return Uniform(lane.elem, ctx.b.emit(f"extractelement {type_} {ref}, i32 {start}"))
-    picks = ", ".join(f"i32 {i}" for i in range(start, width, 2))
-    out = ctx.b.emit(f"shufflevector {type_} {ref}, {type_} poison, <{width // 2} x i32> <{picks}>")
-    return Vector(lane.elem, out, width // 2)
-
-
 class _Reduction:
     """One ``tt.reduce``: shapes, result memory and the loops."""
 
@@ -123,6 +71,8 @@ class _Reduction:
         self.shape = op.operands[0].shape
         self.elems = [v.elem for v in op.operands]
         self.vector_axis = best_axis(ctx, self.shape, leaf_pointers(ctx, op.operands[0]))
+        width = min(ctx.width, self.shape[self.along])
+        self.lanes = 0 if width == 1 else width
         self.kept = tuple(size for axis, size in enumerate(self.shape) if axis != self.along)
         self.buffers: list[Buffer] = []
         if self.kept:
@@ -230,23 +180,53 @@ class _Reduction:
             assume(ctx, parts, self.full_point(kept, ZERO), True, self.along)
             self.write(kept, self._row(kept))
 
+        if not bounds and self.lanes and min(self.kept[-1], self.lanes) > 1:
+            self._grouped_rows()
+            return
         if bounds:
             scalar_nest(ctx, self.kept, inside, bounds=bounds)
         scalar_nest(ctx, self.kept, lambda kept: self.write(kept, self._row(kept)), starts=bounds)
 
+    def _grouped_rows(self) -> None:
+        """Groups of neighbouring rows; the vectors that are left of each wait in scratch memory for the others."""
+        ctx, size = self.ctx, min(self.kept[-1], self.lanes)
+        waiting = [ctx.new_buffer(Type(elem, (size, self.lanes)), self.op) for elem in self.elems]
+        vector = lanes_at(ctx, (self.lanes,), 0)
+
+        def group(kept: Point) -> None:
+            first = kept[-1]
+            assert isinstance(first, Uniform)
+            start = ctx.b.int_op("mul", first.ref, str(size), I32)
+
+            def row(index: str, _: list[str]) -> list[str]:
+                total = self._vectors((*kept[:-1], Uniform(I32, ctx.b.int_op("add", start, index, I32))))
+                for buffer, lane in zip(waiting, total, strict=True):
+                    ctx.write(buffer, (Uniform(I32, index), vector), lane)
+                return []
+
+            ctx.b.loop("0", str(size), "1", [], row)
+            points = [(Uniform(I32, str(index)), vector) for index in range(size)]
+            rows = [[ctx.read(buffer, point, ctx.b.depth) for buffer in waiting] for point in points]
+            lanes = horizontal_rows(ctx, self.block, rows, self.lanes)
+            self.write((*kept[:-1], Affine(I32, start, 1, size)), lanes)
+
+        scalar_nest(ctx, (*self.kept[:-1], self.kept[-1] // size), group)
+
     def _row(self, kept: Point) -> list[Lane]:
-        width = min(self.ctx.width, self.shape[self.along])
-        lanes = 0 if width == 1 else width
+        total = self._vectors(kept)
+        return horizontal(self.ctx, self.block, total, self.lanes) if self.lanes else total
+
+    def _vectors(self, kept: Point) -> list[Lane]:
+        """A row but for the lanes of one vector, for each operand; numbers where the row has one element."""
 
         def at(index: str) -> Point:
             return self.full_point(kept, lanes_at(self.ctx, self.shape, self.along, index))
 
         if self.part is not None:
-            total = self._bounded(self.part, at, width)
+            total = self._bounded(self.part, at, self.lanes)
             self._fill_tails(self.part, kept)
-        else:
-            total = self.accumulate(at, self.shape[self.along], width, lanes)
-        return horizontal(self.ctx, self.block, total, lanes) if lanes else total
+            return total
+        return self.accumulate(at, self.shape[self.along], max(self.lanes, 1), self.lanes)
 
     def _tail(self) -> Conjunct | None:
         """Mask factor that may end the loop early."""
