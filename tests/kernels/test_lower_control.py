@@ -114,6 +114,36 @@ def test_early_returns() -> None:
 
 
 @triton.jit
+def halved_if(x, flag):
+    if flag:
+        return x // 2
+    return x
+
+
+@triton.jit
+def many_returns_kernel(x_ptr, out_ptr, bits, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=-3)
+    y = x
+    for bit in tl.static_range(20):
+        y = halved_if(y, (bits >> bit) & 1 > 0)
+    tl.store(out_ptr + i, y)
+    tl.store(out_ptr + BLOCK + i, x)
+
+
+@pytest.mark.parametrize("n", [0, 5, 32])
+def test_branches_that_meet_are_followed_once(n: int) -> None:
+    # Twenty calls that return early: written out anew behind each branch they would be a million blocks.
+    x, out = torch.randint(-10000, 10000, (32,), dtype=torch.int32), torch.empty(64, dtype=torch.int32)
+    many_returns_kernel[(1,)](x, out, 0b1000_0000_0000_0010_0101, n, BLOCK=32)
+    x[n:] = -3
+    y = x
+    for _ in range(4):
+        y = torch.div(y, 2, rounding_mode="trunc")
+    assert torch.equal(out, torch.cat([y, x]))
+
+
+@triton.jit
 def while_tile_kernel(x_ptr, out_ptr, limit, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)

@@ -17,13 +17,18 @@ _REF = re.compile(r"%[\w.]+")
 
 @dataclass(eq=False)
 class Scope:
-    """One stretch of code in which everything written before dominates everything written after."""
+    """One stretch of code in which everything written before dominates everything written after.
+
+    Attributes:
+        assumed: names of conditions that hold wherever this code runs.
+    """
 
     level: int
     label: str
     lines: list[str] = field(default_factory=list)
     known: dict[str, str] = field(default_factory=dict)
     memo: dict[Hashable, Any] = field(default_factory=dict)
+    assumed: set[str] = field(default_factory=set)
 
 
 class Builder:
@@ -115,6 +120,14 @@ class Builder:
 
     def memoize(self, key: Hashable, result: Any, level: int) -> None:
         self.scopes[level].memo[key] = result
+
+    def assume(self, condition: str) -> None:
+        """Records that a condition holds until the innermost scope is closed."""
+        self.scope.assumed.add(condition)
+
+    def assumed_at(self, condition: str | None) -> int | None:
+        """Level of the outermost scope in which a condition is known to hold; None if it is not."""
+        return next((scope.level for scope in self.scopes if condition in scope.assumed), None)
 
     def open(self, label: str | None = None) -> Scope:
         """Opens a scope inside the innermost one."""

@@ -78,11 +78,12 @@ class Context:
         destinations: memory that a result not yet computed shall be written to.
         carried: tiles that a reduction writes to memory while it passes over them.
         levels: scope level a value was defined at; it must not be evaluated further out.
-        assumed: names of conditions and lane bounds known to hold in the code being written.
         unwrapped: results of ``UNWRAPPED`` operations that are taken to be the operand they are made of.
         functions: text of the functions that the kernel calls, by name.
         tile_shapes: sizes of tile registers that dot products need. One is set where the kernel is entered; where there
             are more, each product sets its own.
+        relies: level of the innermost scope whose assumptions the value being evaluated rests on: there, and in scopes
+            inside it, the value is right, and only there may memory be read for it.
     """
 
     def __init__(self, kernel: str, target: CpuTarget, plan: Plan) -> None:
@@ -94,8 +95,8 @@ class Context:
         self.levels: dict[Value, int] = {}
         self.destinations: dict[Value, Buffer] = {}
         self.carried: dict[Op, list[Value]] = {}
-        self.assumed: set[str] = set()
         self.unwrapped: frozenset[Value] = frozenset()
+        self.relies = 0
         self.functions: dict[str, str] = {}
         self.tile_shapes: list[TileShape] = []
         self.program_ids: dict[str, str] = {}
@@ -166,7 +167,10 @@ class Context:
         key = (value, point, self.unwrapped)
         found = self.b.memoized(key)
         if found is not None:
-            return found
+            lane, relies = found
+            self.relies = max(self.relies, relies)
+            return lane
+        before, self.relies = self.relies, 0
         if isinstance(binding, Buffer):
             lane = self.read(binding, point, self.levels[value])
         elif isinstance(binding, Shifted):
@@ -178,7 +182,8 @@ class Context:
         else:
             assert value.op is not None, value.name
             lane = self._evaluate(value.op, value, point)
-        self.b.memoize(key, lane, self.level(point, value))
+        self.b.memoize(key, (lane, self.relies), max(self.level(point, value), self.relies))
+        self.relies = max(before, self.relies)
         return lane
 
     def _evaluate(self, op: Op, value: Value, point: Point) -> Lane:
@@ -208,15 +213,21 @@ class Context:
 
     def simplify(self, lane: Lane) -> Lane:
         """Drops the parts of a mask that are known to hold."""
-        if isinstance(lane, Uniform) and lane.elem == I1 and lane.ref in self.assumed:
+        if isinstance(lane, Uniform) and lane.elem == I1 and self._holds(lane.ref):
             return Uniform(I1, "true")
         if not isinstance(lane, Mask):
             return lane
-        uniform = None if lane.uniform in self.assumed else lane.uniform
-        bound = None if lane.bound in self.assumed else lane.bound
+        uniform = None if self._holds(lane.uniform) else lane.uniform
+        bound = None if self._holds(lane.bound) else lane.bound
         if bound is not None and is_const(bound) and int(bound) >= lane.width:
             bound = None
         return Mask(lane.width, uniform, bound, lane.vector)
+
+    def _holds(self, condition: str | None) -> bool:
+        level = self.b.assumed_at(condition)
+        if level is not None:
+            self.relies = max(self.relies, level)
+        return level is not None
 
     def address(self, buffer: Buffer, point: Point) -> Lane:
         """Pointer lanes of a buffer at a point."""

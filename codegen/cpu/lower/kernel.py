@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from tilewright.codegen.cpu.lower import exchange, shapes  # noqa: F401  (register their operations)
 from tilewright.codegen.cpu.lower.access import SAFE_PAGE_IR
 from tilewright.codegen.cpu.lower.atomic import EAGER_ELEMENTS
+from tilewright.codegen.cpu.lower.blocks import lower_blocks
 from tilewright.codegen.cpu.lower.carry import tile_for
 from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
-from tilewright.codegen.cpu.lower.control import lower_blocks, lower_for, lower_if, lower_while
+from tilewright.codegen.cpu.lower.control import lower_for, lower_if, lower_while
 from tilewright.codegen.cpu.lower.dot import find_tile_shapes, lower_dot
 from tilewright.codegen.cpu.lower.elementwise_map import lower_map_elementwise
 from tilewright.codegen.cpu.lower.idioms import recognize_idioms

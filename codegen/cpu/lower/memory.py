@@ -23,7 +23,8 @@ def lazy_load(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
             if isinstance(condition, Uniform) and condition.ref == "false":
                 return lanes[2] if len(lanes) > 2 else Uniform(value.elem, zero_literal(value.elem))
     other = lanes[2] if len(lanes) > 2 else None
-    return load_lanes(ctx.b, pointer, value.elem, ctx.levels[value], mask, other)
+    floor = max(ctx.levels[value], ctx.relies)
+    return load_lanes(ctx.b, pointer, value.elem, floor, mask, other)
 
 
 def scalar_load(ctx: Context, op: Op) -> None:

@@ -128,9 +128,9 @@ def assume(ctx: Context, parts: Sequence[Conjunct], point: Point, full: bool, ve
             continue
         lane = ctx.value(part.value, part.project(point))
         if isinstance(lane, Mask) and lane.bound is not None:
-            ctx.assumed.add(lane.bound)
+            ctx.b.assume(lane.bound)
         elif isinstance(lane, Uniform):
-            ctx.assumed.add(lane.ref)
+            ctx.b.assume(lane.ref)
 
 
 def bounds_of(ctx: Context, parts: Sequence[Conjunct]) -> dict[int, str]:

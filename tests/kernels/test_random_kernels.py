@@ -1,0 +1,66 @@
+"""Random kernels give the values they were written to give; Triton's interpreter agrees with those values too."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernels.random_kernels import RandomKernel
+from kernels.random_operations import random_kernel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+KERNELS, CHUNK = 320, 16
+INTERPRETED = 40
+
+
+def run_and_check(seeds: range, folder: Path) -> None:
+    """Runs the kernels of some seeds from files in a folder."""
+    for seed in seeds:
+        made = random_kernel(seed)
+        path = folder / f"random_{seed}.py"
+        path.write_text(made.text)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in made.arguments]
+        module.kernel[made.grid](*arguments)
+        for number, (argument, expected) in enumerate(zip(arguments, made.expected, strict=True)):
+            if isinstance(argument, torch.Tensor):
+                assert torch.equal(argument, expected), f"seed {seed}, argument a{number}, {path}\n{made.text}"
+
+
+def uses_bf16(made: RandomKernel) -> bool:
+    tensors = [a for a in made.arguments if isinstance(a, torch.Tensor)]
+    return "bfloat16" in made.text or any(tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
+@pytest.mark.parametrize("start", range(0, KERNELS, CHUNK))
+def test_random_kernels(start: int, tmp_path: Path) -> None:
+    run_and_check(range(start, start + CHUNK), tmp_path)
+
+
+def test_the_interpreter_agrees(tmp_path: Path) -> None:
+    """A second opinion about the values themselves; it gets bf16 wrong."""
+    seeds = [seed for seed in range(INTERPRETED * 4) if not uses_bf16(random_kernel(seed))][:INTERPRETED]
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+from kernels.test_random_kernels import run_and_check
+for seed in {seeds}:
+    run_and_check(range(seed, seed + 1), Path({str(tmp_path)!r}))
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False, env=environment
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_equal_seeds_give_equal_kernels() -> None:
+    assert random_kernel(5).text == random_kernel(5).text
