@@ -1,7 +1,7 @@
 """``tt.map_elementwise``: a function of scalars, with control flow of its own, for every element of a tile."""
 
-from tilewright.codegen.cpu.lower.context import Context, Scalar
 from tilewright.codegen.cpu.lower.blocks import LowerBlock, lower_blocks
+from tilewright.codegen.cpu.lower.context import Context, Scalar
 from tilewright.codegen.cpu.lower.lanes import Point, Uniform
 from tilewright.codegen.cpu.lower.reduce import as_vector, ref_of
 from tilewright.codegen.cpu.lower.shapes import unflatten
