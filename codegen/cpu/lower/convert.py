@@ -169,6 +169,8 @@ def cast(b: Builder, name: str, ref: str, src: Elem, dst: Elem, width: int, towa
     if kind in ("fptosi", "fptoui"):
         wide_src = F64 if src == F64 else F32
         value = widen(b, ref, src, width)
+        if kind == "fptoui" and dst.bits == 64:
+            return _to_u64(b, value, wide_src, width)
         # Through 32 bits at least: values beyond a narrower integer then wrap instead of being undefined.
         bits = max(dst.bits, 64 if kind == "fptoui" else 32)
         out = b.emit(f"fptosi {typed(wide_src.llvm, width)} {value} to {typed(f'i{bits}', width)}")
@@ -184,9 +186,41 @@ def cast(b: Builder, name: str, ref: str, src: Elem, dst: Elem, width: int, towa
     raise KeyError(name)
 
 
+def _to_u64(b: Builder, ref: str, src: Elem, width: int) -> str:
+    """An f32 or f64 as u64: numbers of 2**63 and more have it taken off; negative ones wrap, as narrower ones do."""
+    real, i64, flag = typed(src.llvm, width), typed("i64", width), typed("i1", width)
+    half = "0x43E0000000000000"  # 2**63
+    limit = f"splat ({src.llvm} {half})" if width else half
+    big = b.emit(f"fcmp oge {real} {ref}, {limit}")
+    low = b.emit(f"select {flag} {big}, {real} {b.emit(f'fsub {real} {ref}, {limit}')}, {real} {ref}")
+    out = b.emit(f"fptosi {real} {low} to {i64}")
+    top = b.emit(f"select {flag} {big}, {i64} {const(-(1 << 63), width, 64)}, {i64} {const(0, width, 64)}")
+    return b.emit(f"xor {i64} {out}, {top}")
+
+
+def _fewer_digits(b: Builder, signed: bool, ref: str, width: int) -> str:
+    """A 64-bit integer that f64 holds exactly and that rounds to 16 bits alike.
+
+    From 2**32 up the lowest 16 bits only say whether anything is there: one of them stands for all.
+    """
+    i64, flag = typed("i64", width), typed("i1", width)
+
+    def write(name: str, x: str, y: int) -> str:
+        return b.emit(f"{name} {i64} {x}, {const(y, width, 64)}")
+
+    some = b.emit(f"icmp ne {i64} {write('and', ref, 0xFFFF)}, {const(0, width, 64)}")
+    mark = b.emit(f"select {flag} {some}, {i64} {const(0x8000, width, 64)}, {i64} {const(0, width, 64)}")
+    marked = b.emit(f"or {i64} {write('and', ref, -0x10000)}, {mark}")
+    place = write("add", ref, 1 << 32) if signed else ref
+    large = b.emit(f"icmp uge {i64} {place}, {const(1 << 33 if signed else 1 << 32, width, 64)}")
+    return b.emit(f"select {flag} {large}, {i64} {marked}, {i64} {ref}")
+
+
 def _int_to_float(b: Builder, kind: str, ref: str, src: Elem, dst: Elem, width: int) -> str:
     # 32- and 64-bit integers have more digits than f32: a 16-bit result must be rounded from f64 once.
     direct = dst if dst in (F32, F64) else (F32 if src.bits <= 16 else F64)
+    if src.bits == 64 and direct != dst:
+        ref = _fewer_digits(b, kind == "sitofp", ref, width)
     value = b.emit(f"{kind} {typed(src.llvm, width)} {ref} to {typed(direct.llvm, width)}")
     return value if direct == dst else float_to_float(b, value, direct, dst, width)
 
