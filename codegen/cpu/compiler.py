@@ -9,14 +9,16 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget, Language
 
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.codegen.cpu.version import toolchain_version
-from tilewright.errors import UnsupportedOp, Where
+from tilewright.errors import CodegenError, TilewrightError, UnsupportedOp, Where
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class CpuBackend(BaseBackend):
             )
         stages["ttir"] = lambda module, metadata: optimize_ttir(module)
         stages["llir"] = lambda module, metadata: self._lower(module, metadata)
-        stages["obj"] = lambda text, metadata: self._assemble(text)
+        stages["obj"] = lambda text, metadata: self._assemble(text, metadata["name"])
 
     def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
         """What a launcher gets on every call: num_warps, num_ctas, shared."""
@@ -130,16 +132,32 @@ class CpuBackend(BaseBackend):
     def _lower(self, module: Any, metadata: dict[str, Any]) -> str:
         from tilewright.codegen.cpu.lower import lower_module
 
-        lowered = lower_module(str(module), self._cpu_target())
+        name = module.get_entry_func_name()
+        lowered = _or_codegen_error(name, "lowering", lambda: lower_module(str(module), self._cpu_target()))
         metadata["name"] = lowered.name
         metadata["params"] = list(lowered.params)
         metadata["shared"] = 0
         return lowered.llvm_ir
 
-    def _assemble(self, llvm_ir: str) -> bytes:
+    def _assemble(self, llvm_ir: str, name: str) -> bytes:
         from tilewright.codegen.cpu import jit, store
 
-        return store.seal(jit.compile_ir(llvm_ir, self._cpu_target()))
+        return store.seal(_or_codegen_error(name, "LLVM", lambda: jit.compile_ir(llvm_ir, self._cpu_target())))
+
+
+def _or_codegen_error(kernel: str, step: str, run: Callable[[], T]) -> T:
+    """Runs a step of compilation; what goes wrong unforeseen is an error of ours that names the kernel."""
+    try:
+        return run()
+    except TilewrightError:
+        raise
+    except Exception as error:
+        raise CodegenError(
+            f"{step} failed on this kernel",
+            where=Where(node=kernel),
+            why=f"{type(error).__name__}: {error}"[:2000],
+            hint="a report with this kernel helps us mend it; meanwhile simplify it, or run it on a GPU",
+        ) from error
 
 
 def optimize_ttir(module: Any) -> Any:

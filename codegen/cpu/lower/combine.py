@@ -4,24 +4,13 @@ from collections.abc import Sequence
 
 from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Uniform, Vector, type_of
-from tilewright.codegen.cpu.lower.literals import scalar_literal
+from tilewright.codegen.cpu.lower.region import evaluate
 from tilewright.codegen.cpu.lower.ttir import I1, Block
 
 
 def combine(ctx: Context, block: Block, left: Sequence[Lane], right: Sequence[Lane]) -> list[Lane]:
     """Runs a combine function on two tuples of lanes."""
-    values = dict(zip(block.args, [*left, *right], strict=True))
-    for op in block.ops:
-        lanes = [values[v] if v in values else ctx.value(v, ()) for v in op.operands]
-        if op.name in ("tt.reduce.return", "tt.scan.return"):
-            return lanes
-        if op.name == "arith.constant":
-            values[op.result] = Uniform(op.result.elem, scalar_literal(op.attrs["value"], op.result.elem))
-            continue
-        if len(op.results) != 1 or op.regions:
-            raise ctx.unsupported(op, "a combine function may hold only elementwise operations")
-        values[op.result] = ctx.apply(op, lanes)
-    raise ctx.unsupported(block.ops[-1], "a combine function without a result")
+    return evaluate(ctx, [block], [*left, *right])
 
 
 def as_vector(ctx: Context, lane: Lane, width: int) -> Lane:

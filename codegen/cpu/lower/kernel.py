@@ -29,6 +29,7 @@ from tilewright.codegen.cpu.lower.tiles import carrier, materialize
 from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op
 from tilewright.codegen.cpu.microkernel_amx import RELEASE
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.errors import CodegenError, TilewrightError, Where
 
 _AXES = "xyz"
 
@@ -146,15 +147,29 @@ def lower_block(ctx: Context, block: Block) -> None:
     for position, op in enumerate(block.ops):
         if op.name in _TERMINATORS:
             return
-        handler = EAGER.get(op.name)
-        if handler is not None:
-            handler(ctx, op)
-        elif op.name in _CONTROL:
-            _CONTROL[op.name](ctx, op, lower_block)
-        elif is_lazy(op):
-            _define_lazy(ctx, op, block, position)
-        else:
-            _scalar(ctx, op)
+        try:
+            _lower(ctx, op, block, position)
+        except TilewrightError:
+            raise
+        except Exception as error:
+            raise CodegenError(
+                f"lowering of {op.name} failed",
+                where=Where(node=ctx.kernel, source=op.loc or None),
+                why=f"{type(error).__name__}: {error}",
+                hint="rewrite this line with other tl operations; a report with this kernel helps us mend it",
+            ) from error
+
+
+def _lower(ctx: Context, op: Op, block: Block, position: int) -> None:
+    handler = EAGER.get(op.name)
+    if handler is not None:
+        handler(ctx, op)
+    elif op.name in _CONTROL:
+        _CONTROL[op.name](ctx, op, lower_block)
+    elif is_lazy(op):
+        _define_lazy(ctx, op, block, position)
+    else:
+        _scalar(ctx, op)
 
 
 def _define_lazy(ctx: Context, op: Op, block: Block, position: int) -> None:

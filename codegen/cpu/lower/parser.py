@@ -139,7 +139,13 @@ class Parser:
                     ssa, _, text = arg.partition(":")
                     blocks[-1].args.append(self._define(ssa.strip(), self._type(text, loc)))
             elif line:
-                blocks[-1].ops.append(self._op(line, loc))
+                blocks[-1].ops.append(self._read(line, loc))
+
+    def _read(self, line: str, loc: str) -> Op:
+        try:
+            return self._op(line, loc)
+        except (AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise self._error(f"this line ({type(error).__name__}: {error})", loc) from error
 
     def _op(self, line: str, loc: str) -> Op:
         names: list[str] = []
