@@ -55,7 +55,11 @@ def _rmw(ctx: Context, op: Op, refs: Sequence[str]) -> str:
     def run() -> list[str]:
         if elem.kind in ("bfloat", "fp8"):
             return [_float_loop(ctx, op, refs[0], refs[1], elem, order)]
-        return [ctx.b.effect_value(f"atomicrmw {kind} ptr {refs[0]}, {elem.llvm} {refs[1]} {order}")]
+        # Only the bits of a float can be combined by logic.
+        bits = f"i{elem.bits}" if elem.is_float and kind in ("and", "or", "xor") else elem.llvm
+        value = _as_bits(ctx, refs[1], elem, bits)
+        old = ctx.b.effect_value(f"atomicrmw {kind} ptr {refs[0]}, {bits} {value} {order}")
+        return [old if bits == elem.llvm else ctx.b.effect_value(f"bitcast {bits} {old} to {elem.llvm}")]
 
     if len(refs) < 3 or refs[2] == "true":
         return run()[0]

@@ -31,6 +31,10 @@ STACK_LIMIT = 1 << 20
 SCRATCH_LIMIT = 256 << 20
 # Operations that kernels keep an index in range with, and the operand that is the index: x % n, where(x < n, x, 0).
 UNWRAPPED = {"arith.remsi": 0, "arith.remui": 0, "arith.select": 1}
+_ADVICE = {
+    "tt.elementwise_inline_asm": "write the assembly's meaning in tl operations, chosen for this target by "
+    "tl.target_info.is_cuda(): the text of GPU instructions has no meaning on a CPU",
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ class Context:
             f"the CPU backend does not support {op.name}",
             where=Where(node=self.kernel, source=op.loc or None),
             why=why,
-            hint=hint or "rewrite this line with other tl operations, or run the kernel on a GPU",
+            hint=hint
+            or _ADVICE.get(op.name)
+            or "rewrite this line with other tl operations, or run the kernel on a GPU",
         )
 
     def scratch(self, op: Op | None, nbytes: int) -> str:

@@ -82,7 +82,7 @@ class Parser:
         return UnsupportedOp(
             f"the CPU backend cannot read {what}",
             where=Where(node=self._kernel, source=self._locations.source(loc) or None),
-            why=self._lines[min(self._pos, len(self._lines) - 1)][:200],
+            why=self._lines[self._pos - 1][:200],
             hint="write the kernel without this operation",
         )
 
