@@ -88,7 +88,8 @@ def float_binary(w: Writer) -> None:
         w.define(f"{a.name} {name} {b.name}", a.kind, x + y if name == "+" else x - y, a.bound + b.bound, grain)
     else:
         value = torch.maximum(x, y) if name == "max" else torch.minimum(x, y)
-        w.define(f"tl.{name}imum({a.name}, {b.name})", a.kind, value, max(a.bound, b.bound), grain)
+        kind = "float32" if a.kind == "bfloat16" else a.kind  # as Triton's front end computes it
+        w.define(f"tl.{name}imum({a.name}, {b.name})", kind, value, max(a.bound, b.bound), grain)
 
 
 def int_binary(w: Writer) -> None:

@@ -4,7 +4,9 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,22 +18,35 @@ KERNELS, CHUNK = 320, 16
 INTERPRETED = 40
 
 
-def run_and_check(seeds: range, folder: Path) -> None:
+def load_kernel(made: RandomKernel, path: Path) -> Any:
+    """The kernel's function, from a file with its text."""
+    path.write_text(made.text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.kernel
+
+
+def copies(made: RandomKernel) -> list[torch.Tensor | int]:
+    return [a.clone() if isinstance(a, torch.Tensor) else a for a in made.arguments]
+
+
+def check(made: RandomKernel, arguments: list[torch.Tensor | int], where: object) -> None:
+    for number, (argument, expected) in enumerate(zip(arguments, made.expected, strict=True)):
+        if isinstance(argument, torch.Tensor):
+            assert torch.equal(argument, expected), f"argument a{number} of {where}\n{made.text}"
+
+
+def run_and_check(seeds: Iterable[int], folder: Path) -> None:
     """Runs the kernels of some seeds from files in a folder."""
     for seed in seeds:
         made = random_kernel(seed)
         path = folder / f"random_{seed}.py"
-        path.write_text(made.text)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        arguments = [a.clone() if isinstance(a, torch.Tensor) else a for a in made.arguments]
-        module.kernel[made.grid](*arguments)
-        for number, (argument, expected) in enumerate(zip(arguments, made.expected, strict=True)):
-            if isinstance(argument, torch.Tensor):
-                assert torch.equal(argument, expected), f"seed {seed}, argument a{number}, {path}\n{made.text}"
+        arguments = copies(made)
+        load_kernel(made, path)[made.grid](*arguments)
+        check(made, arguments, path)
 
 
 def uses_bf16(made: RandomKernel) -> bool:
@@ -52,8 +67,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from kernels.test_random_kernels import run_and_check
-for seed in {seeds}:
-    run_and_check(range(seed, seed + 1), Path({str(tmp_path)!r}))
+run_and_check({seeds}, Path({str(tmp_path)!r}))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(
