@@ -4,12 +4,15 @@ Pointers are addresses, integers are sign-extended to 64 bits (booleans and unsi
 floats are their own bits in the low bytes.
 """
 
+import ctypes
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tilewright.errors import InputError
 
+# What precedes the slots of a launch, see ``launch.Step``: function, unused, grid x, y and z, flags, chunk.
+HEADER = struct.Struct("=QQiiiiq")
 # Code of the struct module for a slot, by Triton type. fp16 and bf16 are converted to their bits before packing.
 _SLOTS = {
     "i1": "Q",
@@ -31,7 +34,7 @@ _SLOTS = {
 
 
 class ArgumentPacker:
-    """Turns the arguments of a launch into slots.
+    """Turns the arguments of a launch into slots, by a function written for their types.
 
     Args:
         types: Triton type of each argument ("*fp32", "i32", "fp32", "tensordesc<fp32[16, 16]>", a tuple of types,
@@ -43,11 +46,8 @@ class ArgumentPacker:
         self._kernel = kernel
         self._types = tuple(types)
         self._nested = any(not isinstance(kind, str) or kind.startswith("tensordesc") for kind in self._types)
-        flat = tuple(_flat_types(self._types))
-        self._taken = tuple(index for index, kind in enumerate(flat) if kind != "constexpr")
-        runtime = [flat[index] for index in self._taken]
-        self._converters = tuple(_converter(kind) for kind in runtime)
-        self._struct = struct.Struct("=" + "".join("Q" if kind.startswith("*") else _SLOTS[kind] for kind in runtime))
+        self._flat = tuple(_flat_types(self._types))
+        self._write = _writer(self._flat)
 
     def pack(self, arguments: Sequence[Any]) -> bytes:
         """Slots of one launch.
@@ -59,16 +59,26 @@ class ArgumentPacker:
             InputError: an argument cannot be passed as its type: a tensor elsewhere than on the CPU, an integer
                 out of range, an object of another kind.
         """
+        return self.record(0, 0, 0, 0, arguments)[HEADER.size :]
+
+    def record(self, function: int, grid_x: int, grid_y: int, grid_z: int, arguments: Sequence[Any]) -> bytes:
+        """One launch as ``run_record`` reads it: a ``launch.Step``, whose ``args`` is not used, and the slots.
+
+        Raises:
+            InputError: as ``pack`` does.
+        """
         flat = tuple(_flat_values(self._types, arguments)) if self._nested else arguments
-        pairs = zip(self._converters, self._taken, strict=True)
         try:
-            return self._struct.pack(*[convert(flat[index]) for convert, index in pairs])
-        except IndexError:
-            raise InputError(
-                f"kernel '{self._kernel}' got {len(arguments)} arguments and takes {len(self._types)}",
-                hint="a compiled kernel takes all parameters in order, the constants included",
-            ) from None
+            try:
+                return self._write(function, grid_x, grid_y, grid_z, flat)
+            except OverflowError:
+                return self._write(function, grid_x, grid_y, grid_z, self._without_overflow(flat))
         except (struct.error, TypeError, ValueError, AttributeError) as error:
+            if len(flat) != len(self._flat):
+                raise InputError(
+                    f"kernel '{self._kernel}' got {len(arguments)} arguments and takes {len(self._types)}",
+                    hint="a compiled kernel takes all parameters in order, the constants included",
+                ) from None
             raise InputError(
                 f"argument of kernel '{self._kernel}' cannot be passed",
                 where=self._describe(flat),
@@ -76,10 +86,14 @@ class ArgumentPacker:
                 hint="pass CPU tensors for pointers and Python numbers that fit the parameter's type",
             ) from error
 
+    def _without_overflow(self, flat: Sequence[Any]) -> list[Any]:
+        """Floats beyond the range of fp32 become infinite, as a conversion in C makes them."""
+        pairs = zip(self._flat, flat, strict=True)
+        return [ctypes.c_float(value).value if kind in ("fp32", "f32") else value for kind, value in pairs]
+
     def _describe(self, flat: Sequence[Any]) -> str:
-        runtime = [kind for kind in _flat_types(self._types) if kind != "constexpr"]
-        pairs = zip(runtime, self._taken, strict=True)
-        return ", ".join(f"{kind} <- {type(flat[index]).__name__}" for kind, index in pairs)
+        pairs = zip(self._flat, flat, strict=True)
+        return ", ".join(f"{kind} <- {type(value).__name__}" for kind, value in pairs if kind != "constexpr")
 
 
 def address_of(argument: Any) -> int:
@@ -104,28 +118,57 @@ def address_of(argument: Any) -> int:
     raise ValueError(f"the tensor is on device '{argument.device}', and this kernel runs on the CPU")
 
 
-def _converter(kind: str) -> Callable[[Any], Any]:
-    if kind.startswith("*"):
-        return address_of
-    if kind in ("fp32", "f32", "fp64"):
-        return float
-    if kind == "fp16":
-        return _fp16_bits
-    if kind == "bf16":
-        return _bf16_bits
+def _writer(kinds: Sequence[str]) -> Callable[..., bytes]:
+    """The function that packs a launch: nothing is decided any more when it is called.
+
+    It takes (function, grid_x, grid_y, grid_z, arguments), and raises what ``address_of`` and ``struct`` raise.
+    """
+    import torch
+
+    names = [f"a{index}" for index in range(len(kinds))]
+    runtime = [(kind, name) for kind, name in zip(kinds, names, strict=True) if kind != "constexpr"]
+    slots = "".join("Q" if kind.startswith("*") else _slot(kind) for kind, _ in runtime)
+    values = "".join(f", {_expression(kind, name)}" for kind, name in runtime)
+    text = f"""def write(function, grid_x, grid_y, grid_z, arguments):
+    [{", ".join(names)}] = arguments
+    return pack(function, 0, grid_x, grid_y, grid_z, 0, 0{values})
+"""
+    namespace: dict[str, Any] = {
+        "pack": struct.Struct(HEADER.format + slots).pack,
+        "Tensor": torch.Tensor,
+        "address_of": address_of,
+        "refuse": _refuse,
+        "fp16_bits": _fp16_bits,
+        "bf16_bits": _bf16_bits,
+    }
+    exec(text, namespace)
+    return namespace["write"]
+
+
+def _slot(kind: str) -> str:
     if kind not in _SLOTS:
         raise InputError(f"a kernel parameter of type {kind} cannot be passed", hint="pass a tensor or a number")
+    return _SLOTS[kind]
+
+
+def _expression(kind: str, name: str) -> str:
+    """Python text of a slot's value."""
+    if kind.startswith("*"):
+        # The common case in two attribute accesses; any other object takes its time.
+        return f"{name}.data_ptr() if {name}.__class__ is Tensor and {name}.is_cpu else address_of({name})"
+    if kind in ("fp32", "f32", "fp64"):
+        return name
+    if kind in ("fp16", "bf16"):
+        return f"{kind}_bits({name})"
     if kind in ("i1", "u1"):
-        return bool
+        return f"1 if {name} else 0"
     bits, signed = int(kind[1:]), kind[0] == "i"
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    return f"{name} if {low} <= {name} < {high} else refuse({name}, {kind!r})"
 
-    def integer(value: Any) -> int:
-        if not low <= value < high:
-            raise ValueError(f"{value} does not fit {kind}")
-        return value
 
-    return integer
+def _refuse(value: Any, kind: str) -> int:
+    raise ValueError(f"{value} does not fit {kind}")
 
 
 def _fp16_bits(value: Any) -> int:

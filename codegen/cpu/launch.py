@@ -14,6 +14,7 @@ import functools
 import os
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,18 @@ class Launcher:
     Attributes:
         run_steps: ``(address of Step array, count, threads)``; releases the GIL, returns when all steps are done.
         run_kernel: ``(fn, args, grid_x, grid_y, grid_z, threads)``: the same for one step.
+        run_record: ``(record, threads)``: the same for the bytes of one ``Step`` with its slots behind it, whose
+            ``args``, ``flags`` and ``chunk`` are not read.
     """
 
     def __init__(self) -> None:
-        code = jit.load(_object_code(), "run_steps", "run_kernel", "parallel", "thread_limit")
+        code = jit.load(_object_code(), "run_steps", "run_kernel", "run_record", "parallel", "thread_limit")
         pointer, count, grid = ctypes.c_void_p, ctypes.c_int64, (ctypes.c_int32,) * 3
         self.run_steps = ctypes.CFUNCTYPE(None, pointer, count, ctypes.c_int32)(code["run_steps"])
         self.run_kernel = ctypes.CFUNCTYPE(None, pointer, pointer, *grid, ctypes.c_int32)(code["run_kernel"])
+        self.run_record = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int32)(code["run_record"])
         # The functions outlive the launcher in whoever keeps them, and so must their code.
-        functions: tuple[Any, ...] = (self.run_steps, self.run_kernel)
+        functions: tuple[Any, ...] = (self.run_steps, self.run_kernel, self.run_record)
         for function in functions:
             function.code = code
         self._thread_limit = ctypes.c_int32.from_address(code["thread_limit"])
@@ -85,12 +89,15 @@ def launcher() -> Launcher:
 
 def num_threads() -> int:
     """Threads that a launch uses now: the setting ``num_threads``, else ``torch.get_num_threads()``."""
-    asked = settings.get("num_threads")
-    if asked is not None:
-        return max(1, asked)
+    asked = settings.get_once("num_threads")
+    return _torch_num_threads()() if asked is None else max(1, asked)
+
+
+@functools.cache
+def _torch_num_threads() -> Callable[[], int]:
     import torch
 
-    return torch.get_num_threads()
+    return torch.get_num_threads
 
 
 _lock = threading.Lock()

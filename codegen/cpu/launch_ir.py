@@ -1,7 +1,8 @@
 """LLVM IR of the parallel launch; ``launch.py`` compiles it, says what it does, and calls it.
 
 Exports ``run_steps(ptr steps, i64 count, i32 threads)``, ``run_kernel(ptr fn, ptr args, i32 x, i32 y, i32 z,
-i32 threads)``, and two variables: ``parallel``, address of ``GOMP_parallel`` or null, and ``thread_limit``.
+i32 threads)``, ``run_record(ptr record, i32 threads)``, and two variables: ``parallel``, address of ``GOMP_parallel``
+or null, and ``thread_limit``.
 """
 
 # %job lives on the stack of the launching thread: the step, its total and chunk, and 128 bytes further on, alone
@@ -126,6 +127,19 @@ done:
 
 define void @run_kernel(ptr %fn, ptr %args, i32 %x, i32 %y, i32 %z, i32 %threads) {
   call void @run_step(ptr %fn, ptr %args, i32 %x, i32 %y, i32 %z, i32 0, i64 0, i32 %threads)
+  ret void
+}
+
+define void @run_record(ptr %record, i32 %threads) {
+  %fn = load ptr, ptr %record
+  %x.at = getelementptr %step, ptr %record, i32 0, i32 2
+  %x = load i32, ptr %x.at
+  %y.at = getelementptr %step, ptr %record, i32 0, i32 3
+  %y = load i32, ptr %y.at
+  %z.at = getelementptr %step, ptr %record, i32 0, i32 4
+  %z = load i32, ptr %z.at
+  %slots = getelementptr %step, ptr %record, i32 1
+  call void @run_step(ptr %fn, ptr %slots, i32 %x, i32 %y, i32 %z, i32 0, i64 0, i32 %threads)
   ret void
 }
 

@@ -1,18 +1,19 @@
 """What Triton calls to launch a compiled kernel."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.cpu import launch
-from tilewright.codegen.cpu.arguments import ArgumentPacker
+from tilewright.codegen.cpu.arguments import HEADER, ArgumentPacker
 from tilewright.codegen.cpu.jit import Code
 from tilewright.errors import InputError
 
 _MAX_PROGRAMS = 2**62
-_recorder = threading.local()
+# A thread has a context of its own, and asking it is much cheaper than asking a threading.local.
+_recorder: ContextVar["list[Launch] | None"] = ContextVar("_recorder", default=None)
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class CpuLauncher:
     def __init__(self, src: Any, metadata: Any) -> None:
         self._packer = ArgumentPacker(src.signature.values(), metadata.name)
         self._name = metadata.name
-        self._run_kernel = launch.launcher().run_kernel
+        self._run_record = launch.launcher().run_record
 
     def __call__(
         self,
@@ -70,15 +71,15 @@ class CpuLauncher:
                 why=f"the grid is ({grid_x}, {grid_y}, {grid_z})",
                 hint="each size is 0 or more, and there are at most 2**62 programs",
             )
-        slots = self._packer.pack(arguments)
-        recording = getattr(_recorder, "launches", None)
-        if recording is not None:
-            recording.append(Launch(function, slots, (grid_x, grid_y, grid_z), arguments))
+        record = self._packer.record(function.address, grid_x, grid_y, grid_z, arguments)
+        recorded = _recorder.get()
+        if recorded is not None:
+            recorded.append(Launch(function, record[HEADER.size :], (grid_x, grid_y, grid_z), arguments))
             return
         if enter_hook is not None:
             enter_hook(launch_metadata)
         threads = launch.num_threads() if programs > 1 else 1
-        self._run_kernel(function.address, slots, grid_x, grid_y, grid_z, threads)
+        self._run_record(record, threads)
         if exit_hook is not None:
             exit_hook(launch_metadata)
 
@@ -86,9 +87,9 @@ class CpuLauncher:
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Inside the ``with`` block, launches of this thread are appended to the list instead of run."""
-    before = getattr(_recorder, "launches", None)
-    _recorder.launches = []
+    launches: list[Launch] = []
+    token = _recorder.set(launches)
     try:
-        yield _recorder.launches
+        yield launches
     finally:
-        _recorder.launches = before
+        _recorder.reset(token)

@@ -49,6 +49,7 @@ TABLE = (
 
 _BY_NAME = {setting.name: setting for setting in TABLE}
 _overrides: ContextVar[Mapping[str, Any]] = ContextVar("_overrides", default=MappingProxyType({}))
+_read: dict[str, Any] = {}
 _BOOLEANS = {"1": True, "true": True, "on": True, "yes": True, "0": False, "false": False, "off": False, "no": False}
 
 
@@ -65,6 +66,24 @@ def get(name: str) -> Any:
         return overrides[name]
     text = os.environ.get(setting.env)
     return setting.default if text is None or text == "" else _parse(setting, text)
+
+
+def get_once(name: str) -> Any:
+    """As ``get``, but the environment is read once in the life of the process.
+
+    For what every launch asks for: reading the environment takes longer than the launch of a small kernel.
+
+    Raises:
+        KeyError: no such setting.
+        OptionError: the environment variable has a value of the wrong type.
+    """
+    overrides = _overrides.get()
+    if name in overrides:
+        return overrides[name]
+    if name not in _read:
+        # An override is in no variable, so this is the environment's value or the default.
+        _read[name] = get(name)
+    return _read[name]
 
 
 def _parse(setting: Setting, text: str) -> Any:

@@ -365,3 +365,24 @@ def test_no_counter_is_shared_between_launches(kernels: jit.Code) -> None:
         arguments = slots(runs, calls)
         launch.launcher().run_kernel(kernels["count"], ctypes.addressof(arguments), total, 1, 1, threads)
         assert bool((runs == total + 10100).all())
+
+
+def test_a_record_is_a_step_with_its_slots(kernels: jit.Code) -> None:
+    runs, calls = torch.zeros(12, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    record = ArgumentPacker(("*i64", "constexpr", "*i64"), "k").record(kernels["count"], 3, 2, 2, (runs, 64, calls))
+    launch.launcher().run_record(record, 2)
+    assert torch.equal(runs, torch.full((12,), 3 + 200 + 20000))
+
+
+@pytest.mark.parametrize(("value", "expected"), [(1e300, "inf"), (-1e300, "-inf"), (7, "7"), (True, "1")])
+def test_slots_of_floats_that_are_no_fp32(value: float, expected: str) -> None:
+    packed = ArgumentPacker(("fp32", "fp64"), "k").pack((value, value))
+    assert struct.unpack("=f4xd", packed) == (float(expected), float(value))
+
+
+def test_the_environment_is_read_once_and_a_scope_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = launch.num_threads()
+    monkeypatch.setenv("TILEWRIGHT_NUM_THREADS", str(before + 3))
+    assert launch.num_threads() == before
+    with settings.scope(num_threads=before + 1):
+        assert launch.num_threads() == before + 1
