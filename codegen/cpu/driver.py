@@ -123,7 +123,7 @@ class CpuUtils:
 
         Returns:
             The loaded code twice (Triton's module and function: who launches it keeps it alive), n_regs, n_spills and
-            n_max_threads, which have no meaning here.
+            n_max_threads. These have no meaning here; n_regs is 1 because tuning code divides by it.
 
         Raises:
             CacheError: the object code was altered after it was compiled.
@@ -131,16 +131,19 @@ class CpuUtils:
         from tilewright.codegen.cpu import jit, store
 
         code = jit.load(store.unseal(kernel, where=f"kernel '{name}' in Triton's cache"), name)
-        return code, code, 0, 0, 2**31 - 1
+        return code, code, 1, 0, 2**31 - 1
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """Properties that Triton and tuning code ask for; shared memory is unlimited because it is never used."""
+        """Properties that Triton and tuning code ask for.
+
+        Neither shared memory nor registers limit how many programs run at once, so there are plenty of both.
+        """
         from tilewright.codegen.cpu import launch
 
         return {
             "max_shared_mem": 2**31 - 1,
             "multiprocessor_count": launch.num_threads(),
-            "max_num_regs": 32,
+            "max_num_regs": 2**16,
             "warpSize": 1,
         }
 
