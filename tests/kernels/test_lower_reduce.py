@@ -212,3 +212,146 @@ def test_atomics_are_exact_across_threads() -> None:
     assert torch.equal(sums, expected * 1.5)
     assert top[0] == x.max()
     assert lock[:2].tolist() == [0, 125]
+
+
+@triton.jit
+def softmax_kernel(x_ptr, out_ptr, sums_ptr, rows, n, BM: tl.constexpr, BN: tl.constexpr):
+    """Writes its exponentials to memory inside its sum, and the elements behind n are read without a mask."""
+    r, c = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    mask = (r < rows) & (c < n)
+    x = tl.load(x_ptr + r * n + c, mask=mask, other=float("-inf"))
+    e = tl.exp(x - tl.max(x, 1)[:, None])
+    y = e / tl.sum(e, 1)[:, None]
+    tl.store(out_ptr + r * n + c, y, mask=mask)
+    back = tl.where(r < rows, e, 0.0)
+    tl.store(sums_ptr + c, tl.sum(back, 0)[None, :])
+
+
+@pytest.mark.parametrize(("rows", "n", "bm", "bn"), [(1, 1, 1, 64), (5, 77, 4, 128), (8, 64, 8, 64), (3, 200, 2, 256)])
+def test_a_tile_written_by_a_reduction_has_its_tail(rows: int, n: int, bm: int, bn: int) -> None:
+    x = torch.randn(rows, n) * 5
+    out, sums = torch.empty(rows, n), torch.empty(-(-rows // bm), bn)
+    for program in range(len(sums)):
+        part = x[program * bm : (program + 1) * bm]
+        softmax_kernel[(1,)](part, out[program * bm :], sums[program], len(part), n, BM=bm, BN=bn)
+        d = part.double()
+        expected = torch.zeros(bn, dtype=torch.float64)
+        expected[:n] = (d - d.amax(1, keepdim=True)).exp().sum(0)
+        torch.testing.assert_close(sums[program].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.double(), x.double().softmax(1), rtol=1e-5, atol=1e-7)
+
+
+@triton.jit
+def tail_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """The tail of a tile kept in memory is a number other than 0, and the whole tile is read again."""
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=3.0)
+    y = tl.where(i < n, tl.sqrt(x), 7.0)
+    total = tl.sum(tl.where(i < n, y, 0.0), 0)
+    tl.store(out_ptr + i, y / total)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 100, 255, 256])
+def test_the_tail_of_a_tile_is_what_its_mask_says(n: int) -> None:
+    x = torch.rand(n)
+    out = torch.empty(256)
+    tail_kernel[(1,)](x, out, n, BLOCK=256)
+    y = torch.full((256,), 7.0, dtype=torch.float64)
+    y[:n] = x.double().sqrt()
+    torch.testing.assert_close(out.double(), y / y[:n].sum(), rtol=1e-5, atol=1e-6)
+
+
+@triton.jit
+def quotient_kernel(x_ptr, d_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i) / tl.load(d_ptr + tl.program_id(0)))
+
+
+def test_division_by_a_shared_number_is_exact() -> None:
+    """Every divisor of 32 bits, special ones included; quotients of |x| below 2**-100 may be off by one unit."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (512, 256), dtype=torch.int32)
+    x = torch.cat([bits.view(torch.float32), torch.randn(512, 256)])
+    d = torch.randint(-(2**31), 2**31 - 1, (1024,), dtype=torch.int32).view(torch.float32)
+    d[::2] = torch.rand(512) * 10.0 ** torch.randint(-6, 7, (512,))
+    d[1:12:2] = torch.tensor([0.0, -0.0, float("inf"), float("nan"), -1.0, 1.9999999])
+    x[:, :6] = torch.tensor([0.0, -0.0, float("inf"), float("-inf"), float("nan"), 3.4e38])
+    out = torch.empty_like(x)
+    quotient_kernel[(1024,)](x, d, out, BLOCK=256)
+    expected = x / d[:, None]
+    off = (out.view(torch.int32).long() - expected.view(torch.int32).long()).abs()
+    off[out.isnan() & expected.isnan()] = 0
+    assert off[x.abs() >= 2.0**-100].max() == 0
+    assert off.max() <= 1
+
+
+@triton.jit
+def byte_kernel(x_ptr, w_ptr, out_ptr, n, KIND: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    r, c = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :]
+    x = tl.load(x_ptr + r * N + c, mask=c < n, other=0)
+    w = tl.load(w_ptr + c, mask=c < n, other=0).to(tl.int32)
+    if KIND == "product":
+        y = tl.sum(x.to(tl.int32) * w, 1)
+    elif KIND == "halves":
+        y = tl.sum((x & 15).to(tl.int32) * w + (x >> 4).to(tl.int32) * w, 1)
+    elif KIND == "shifted":
+        y = tl.sum(((x.to(tl.int32) >> 4) - 8) * w + x.to(tl.int32), 1)
+    elif KIND == "wide":
+        y = tl.sum((x.to(tl.int16) + 100).to(tl.int32) * w, 1)
+    else:
+        y = tl.sum((x > 3).to(tl.int32), 1)
+    tl.store(out_ptr + tl.arange(0, M), y)
+
+
+BYTE_SUMS = {
+    "product": lambda x, w: x * w,
+    "halves": lambda x, w: (x & 15) * w + (x >> 4) * w,
+    "shifted": lambda x, w: ((x >> 4) - 8) * w + x,
+    "wide": lambda x, w: (x + 100) * w,
+    "count": lambda x, w: x > 3,
+}
+
+
+@pytest.mark.parametrize("kind", BYTE_SUMS)
+@pytest.mark.parametrize(
+    ("x_dtype", "w_dtype"), [("int8", "int8"), ("uint8", "int8"), ("int8", "uint8"), ("uint8",) * 2]
+)
+def test_sums_of_products_of_bytes(kind: str, x_dtype: str, w_dtype: str) -> None:
+    for m, size, n in ((4, 32, 32), (16, 64, 64), (2, 512, 77), (1, 256, 256), (8, 16, 16)):
+        x = torch.randint(0, 256, (m, size), dtype=torch.uint8).view(getattr(torch, x_dtype))
+        w = torch.randint(0, 256, (size,), dtype=torch.uint8).view(getattr(torch, w_dtype))
+        x[0].fill_(-128 if x_dtype == "int8" else 255)
+        out = torch.empty(m, dtype=torch.int32)
+        byte_kernel[(1,)](x, w, out, n, KIND=kind, M=m, N=size)
+        inside = torch.arange(size) < n
+        masked_x, masked_w = x.long() * inside, w.long() * inside
+        assert torch.equal(out.long(), BYTE_SUMS[kind](masked_x, masked_w).sum(1))
+
+
+@triton.jit
+def rows_kernel(x_ptr, out_ptr, places_ptr, rows, M: tl.constexpr, N: tl.constexpr):
+    r, c = tl.arange(0, M), tl.arange(0, N)
+    x = tl.load(x_ptr + r[:, None] * N + c[None, :], mask=(r < rows)[:, None], other=-1.0)
+    value, place = tl.max(x, 1, return_indices=True)
+    tl.store(out_ptr + r, value)
+    tl.store(places_ptr + r, place)
+    tl.store(out_ptr + M + r, tl.sum(x, 1))
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "rows"), [(16, 4, 16), (64, 2, 33), (32, 32, 5), (8, 128, 8), (4, 16, 0), (32, 8, 31)]
+)
+def test_rows_combined_by_groups(m: int, n: int, rows: int) -> None:
+    x = torch.randn(m, n)
+    out, places = torch.empty(2, m), torch.empty(m, dtype=torch.int32)
+    rows_kernel[(1,)](x, out, places, rows, M=m, N=n)
+    x[rows:] = -1
+    assert torch.equal(out[0], x.amax(1))
+    assert torch.equal(places.long(), x.argmax(1))
+    torch.testing.assert_close(out[1].double(), x.double().sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_booleans_are_read_and_summed() -> None:
+    x = torch.rand(16, 128) < 0.3
+    out = torch.empty(16, dtype=torch.int32)
+    reduce_kernel[(1,)](x, out, 0, NAME="sum", M=16, N=128, AXIS=1)
+    assert torch.equal(out, x.sum(1, dtype=torch.int32))

@@ -4,6 +4,7 @@ Every entry works on scalars (width 0) and vectors. Operations of the math diale
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from tilewright.codegen.cpu.lower.convert import CASTS, cast, const, narrow, typed, widen
 from tilewright.codegen.cpu.lower.lanes import (
@@ -255,6 +256,20 @@ def _affine_rule(b: LaneBuilder, op: Op, lanes: Sequence[Lane]) -> Lane | None:
     return None
 
 
+def _pointer_cast(b: LaneBuilder, lane: Lane, elem: Elem) -> Lane:
+    """A pointer to another type; contiguous addresses stay contiguous. Loads of booleans go through it."""
+    if isinstance(lane, Affine) and isinstance(lane.stride, int):
+        assert lane.elem.pointee is not None
+        assert elem.pointee is not None
+        distance = lane.stride * lane.elem.pointee.size
+        if distance % elem.pointee.size == 0:
+            return replace(lane, elem=elem, stride=distance // elem.pointee.size)
+    if isinstance(lane, Uniform):
+        return replace(lane, elem=elem)
+    width = width_of(lane)
+    return Vector(elem, b.vector(lane, width), width)
+
+
 def elementwise(b: LaneBuilder, op: Op, lanes: Sequence[Lane], rules: dict[str, Rule]) -> Lane:
     """Value of one elementwise operation.
 
@@ -273,6 +288,8 @@ def elementwise(b: LaneBuilder, op: Op, lanes: Sequence[Lane], rules: dict[str, 
         return _compare_float(b, op, lanes)
     if op.name == "tt.addptr":
         return b.add_pointer(lanes[0], lanes[1])
+    if op.name == "tt.bitcast" and op.result.elem.is_ptr:
+        return _pointer_cast(b, lanes[0], op.result.elem)
     kept = _and(b, op, lanes) if op.name == "arith.andi" else _affine_rule(b, op, lanes)
     if kept is not None:
         return kept

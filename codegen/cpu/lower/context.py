@@ -19,7 +19,7 @@ from tilewright.codegen.cpu.lower.lanes import (
 from tilewright.codegen.cpu.lower.libdevice import extern_rule, symbol_of
 from tilewright.codegen.cpu.lower.mathfn import MathLibrary, rules
 from tilewright.codegen.cpu.lower.plan import Plan
-from tilewright.codegen.cpu.lower.quotient import divide_by_shared, shares_divisor
+from tilewright.codegen.cpu.lower.quotient import divide_by_shared, shared_divisor
 from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem, Op, Type, Value
 from tilewright.codegen.cpu.microkernel_amx import TileShape
 from tilewright.codegen.cpu.target import CpuTarget
@@ -209,8 +209,10 @@ class Context:
         """
         if not self.knows(op):
             raise self.unsupported(op, "it is not among the operations this backend knows")
-        if op.name == "arith.divf" and self.target.fma and shares_divisor(self.b, *lanes):
-            return divide_by_shared(self.b, self.functions, *lanes)
+        if op.name == "arith.divf" and self.target.fma:
+            divisor = shared_divisor(self.b, *lanes)
+            if divisor is not None:
+                return divide_by_shared(self.b, self.functions, lanes[0], divisor)
         try:
             return self.simplify(elementwise(self.b, op, [self.simplify(lane) for lane in lanes], self._rules))
         except KeyError:

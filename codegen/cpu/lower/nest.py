@@ -12,7 +12,7 @@ from tilewright.codegen.cpu.lower.ttir import I32, Value
 UNROLL = 4
 _INDEX_OPS = {
     "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.constant", "tt.make_range", "tt.splat",
-    "tt.expand_dims", "tt.broadcast", "tt.addptr",
+    "tt.expand_dims", "tt.broadcast", "tt.addptr", "tt.bitcast",
 }  # fmt: skip
 # Gets the point and whether all lanes lie inside the bounds.
 Body = Callable[[Point, bool], None]

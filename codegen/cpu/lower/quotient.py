@@ -14,11 +14,11 @@ _LEAST, _MOST = "0x3C30000000000000", "0x43B0000000000000"  # 2**-60, 2**60
 _INFINITY = "0x7FF0000000000000"
 
 
-def shares_divisor(b: LaneBuilder, dividend: Lane, divisor: Lane) -> bool:
-    """Whether a division is one of many by the same number: of f32, in a loop around which the divisor is known."""
+def shared_divisor(b: LaneBuilder, dividend: Lane, divisor: Lane) -> Uniform | None:
+    """The divisor, if the division is one of many by it: of f32, in a loop around which the divisor is known."""
     if not isinstance(divisor, Uniform) or isinstance(dividend, Uniform) or divisor.elem != F32:
-        return False
-    return divisor.ref.startswith("%") and b.level_of(divisor.ref) < b.depth
+        return None
+    return divisor if divisor.ref.startswith("%") and b.level_of(divisor.ref) < b.depth else None
 
 
 def divide_by_shared(b: LaneBuilder, functions: dict[str, str], dividend: Lane, divisor: Uniform) -> Lane:

@@ -1,12 +1,13 @@
 """Reductions with any combine function over any axis, in registers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from tilewright.codegen.cpu.lower.bounds import tail_bound, tail_literal
+from tilewright.codegen.cpu.lower.byte_dot import ByteDot, byte_terms, dot_lanes
 from tilewright.codegen.cpu.lower.combine import as_vector, combine, horizontal, horizontal_rows, ref_of
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Point, Uniform, Vector, is_const, type_of
-from tilewright.codegen.cpu.lower.literals import scalar_literal
 from tilewright.codegen.cpu.lower.nest import (
     Conjunct,
     assume,
@@ -18,47 +19,12 @@ from tilewright.codegen.cpu.lower.nest import (
     row_parts,
     scalar_nest,
 )
+from tilewright.codegen.cpu.lower.neutral import masked_element, neutral
 from tilewright.codegen.cpu.lower.tiles import fill_tail, materialize
-from tilewright.codegen.cpu.lower.ttir import I1, I32, Block, Elem, Op, Type, Value
+from tilewright.codegen.cpu.lower.ttir import I32, Op, Type, Value
 
 # Independent accumulators hide the latency of the combine operation.
 ACCUMULATORS = 4
-_NEUTRAL = {
-    "arith.addf": "-0.0", "arith.mulf": "1.0", "arith.maximumf": "-inf", "arith.minimumf": "inf",
-    "arith.maxnumf": "nan", "arith.minnumf": "nan", "arith.addi": "0", "arith.muli": "1", "arith.ori": "0",
-    "arith.xori": "0", "arith.andi": "-1", "arith.maxui": "0", "arith.minui": "-1",
-}  # fmt: skip
-
-
-def neutral(block: Block, elem: Elem) -> str | None:
-    """Neutral element of a combine function of one operation; None if it has none."""
-    ops = [op for op in block.ops if op.name not in ("arith.extf", "arith.truncf")]
-    if len(ops) != 2 or len(block.args) != 2:
-        return None
-    name = ops[0].name
-    if name in ("arith.maxsi", "arith.minsi"):
-        top = (1 << (elem.bits - 1)) - 1
-        return str(-top - 1 if name == "arith.maxsi" else top)
-    text = _NEUTRAL.get(name)
-    if text is None or not elem.is_float:
-        return text if text is None or elem != I1 else scalar_literal(text, I1)
-    patterns = {"-inf": _infinity(elem, 1), "inf": _infinity(elem, 0), "nan": _nan(elem)}
-    return scalar_literal(patterns.get(text, text), elem)
-
-
-def _fields(elem: Elem) -> tuple[int, int]:
-    exponent = {"f16": 5, "bf16": 8, "f32": 8, "f64": 11, "f8E5M2": 5, "f8E4M3FN": 4}[elem.name]
-    return exponent, elem.bits - 1 - exponent
-
-
-def _infinity(elem: Elem, sign: int) -> str:
-    exponent, mantissa = _fields(elem)
-    return hex((sign << (elem.bits - 1)) | (((1 << exponent) - 1) << mantissa))
-
-
-def _nan(elem: Elem) -> str:
-    exponent, mantissa = _fields(elem)
-    return hex((((1 << exponent) - 1) << mantissa) | (1 << (mantissa - 1)))
 
 
 class _Reduction:
@@ -71,8 +37,6 @@ class _Reduction:
         self.shape = op.operands[0].shape
         self.elems = [v.elem for v in op.operands]
         self.vector_axis = best_axis(ctx, self.shape, leaf_pointers(ctx, op.operands[0]))
-        width = min(ctx.width, self.shape[self.along])
-        self.lanes = 0 if width == 1 else width
         self.kept = tuple(size for axis, size in enumerate(self.shape) if axis != self.along)
         self.buffers: list[Buffer] = []
         if self.kept:
@@ -81,6 +45,7 @@ class _Reduction:
         self.start = starts[0] if len(starts) == 1 else None
         self.part = self._tail() if self.vector_axis == self.along else None
         self.carried = dict(self._carried())
+        self.dot = self._byte_dot()
 
     def full_point(self, kept: Point, index: Lane) -> Point:
         return (*kept[: self.along], index, *kept[self.along :])
@@ -93,11 +58,23 @@ class _Reduction:
             else:
                 yield value, self.ctx.new_buffer(value.type, value.op)
 
+    def _byte_dot(self) -> ByteDot | None:
+        """How to sum products of bytes, if that is what this reduction does."""
+        lanes = dot_lanes(self.ctx, self.shape[self.along])
+        adds = [op.name for op in self.block.ops[:-1]] == ["arith.addi"]
+        if not lanes or not adds or self.elems != [I32] or self.vector_axis != self.along:
+            return None
+        terms = byte_terms(self.ctx, self.op.operands[0])
+        return ByteDot(self.ctx, terms, lanes) if terms is not None else None
+
     def inputs(self, point: Point, width: int) -> list[Lane]:
         lanes = [as_vector(self.ctx, self.ctx.value(v, point), width) for v in self.op.operands]
+        self._write_carried(point)
+        return lanes
+
+    def _write_carried(self, point: Point) -> None:
         for value, buffer in self.carried.items():
             self.ctx.write(buffer, point, self.ctx.value(value, point))
-        return lanes
 
     def write(self, kept: Point, lanes: Sequence[Lane]) -> None:
         for buffer, result, lane in zip(self.buffers, self.op.results, lanes, strict=False):
@@ -158,7 +135,7 @@ class _Reduction:
 
     def _run(self) -> None:
         if not self.kept:
-            lanes = self._row(())
+            lanes = self._horizontal(self._row_lanes(()))
             for result, lane in zip(self.op.results, lanes, strict=True):
                 self.ctx.bind(result, Scalar(ref_of(lane)))
             return
@@ -176,57 +153,109 @@ class _Reduction:
         parts = row_parts(ctx, self.op.operands[0], self.along)
         bounds = {axis - (axis > self.along): bound for axis, bound in bounds_of(ctx, parts).items()}
 
-        def inside(kept: Point) -> None:
+        def inside(kept: Point) -> list[Lane]:
             assume(ctx, parts, self.full_point(kept, ZERO), True, self.along)
-            self.write(kept, self._row(kept))
+            return self._row_lanes(kept)
 
-        if not bounds and self.lanes and min(self.kept[-1], self.lanes) > 1:
-            self._grouped_rows()
-            return
-        if bounds:
-            scalar_nest(ctx, self.kept, inside, bounds=bounds)
-        scalar_nest(ctx, self.kept, lambda kept: self.write(kept, self._row(kept)), starts=bounds)
+        group = min(self.row_width, self.kept[-1])
+        if group > 1:
+            self._groups(group, bounds, inside)
+        elif bounds:
+            scalar_nest(ctx, self.kept, lambda kept: self.write(kept, self._horizontal(inside(kept))), bounds=bounds)
+        if bounds or group == 1:
+            rest = lambda kept: self.write(kept, self._horizontal(self._row_lanes(kept)))  # noqa: E731
+            scalar_nest(ctx, self.kept, rest, starts=bounds)
 
-    def _grouped_rows(self) -> None:
-        """Groups of neighbouring rows; the vectors that are left of each wait in scratch memory for the others."""
-        ctx, size = self.ctx, min(self.kept[-1], self.lanes)
-        waiting = [ctx.new_buffer(Type(elem, (size, self.lanes)), self.op) for elem in self.elems]
-        vector = lanes_at(ctx, (self.lanes,), 0)
+    def _groups(self, group: int, bounds: dict[int, str], row: Callable[[Point], list[Lane]]) -> None:
+        """Rows by groups: a vector of each goes to scratch, and then all lanes of a group are combined together.
 
-        def group(kept: Point) -> None:
-            first = kept[-1]
-            assert isinstance(first, Uniform)
-            start = ctx.b.int_op("mul", first.ref, str(size), I32)
+        Of a group that a bound cuts, the results of the rows behind the bound are undefined.
+        """
+        ctx, last = self.ctx, len(self.kept) - 1
+        width, end = self.row_width, bounds.get(last, str(self.kept[last]))
+        lanes = [Buffer(ctx.scratch(self.op, group * width * 8), e, (group, width)) for e in self.elems]
+        across = Affine(I32, "0", 1, width)
 
-            def row(index: str, _: list[str]) -> list[str]:
-                total = self._vectors((*kept[:-1], Uniform(I32, ctx.b.int_op("add", start, index, I32))))
-                for buffer, lane in zip(waiting, total, strict=True):
-                    ctx.write(buffer, (Uniform(I32, index), vector), lane)
+        def groups(outer: Point) -> None:
+            def one(base: str, _: list[str]) -> list[str]:
+                def single(index: str, _: list[str]) -> list[str]:
+                    at = Uniform(I32, ctx.b.int_op("add", base, index, I32))
+                    for buffer, lane in zip(lanes, row((*outer, at)), strict=True):
+                        ctx.write(buffer, (Uniform(I32, index), across), lane)
+                    return []
+
+                count = str(group)
+                if last in bounds:
+                    count = ctx.b.int_min(count, ctx.b.int_op("sub", end, base, I32))
+                ctx.b.loop("0", count, "1", [], single)
+                rows = [
+                    [ctx.read(buffer, (Uniform(I32, str(index)), across), ctx.b.depth) for buffer in lanes]
+                    for index in range(group)
+                ]
+                self.write((*outer, Affine(I32, base, 1, group)), horizontal_rows(ctx, self.block, rows, width))
                 return []
 
-            ctx.b.loop("0", str(size), "1", [], row)
-            points = [(Uniform(I32, str(index)), vector) for index in range(size)]
-            rows = [[ctx.read(buffer, point, ctx.b.depth) for buffer in waiting] for point in points]
-            lanes = horizontal_rows(ctx, self.block, rows, self.lanes)
-            self.write((*kept[:-1], Affine(I32, start, 1, size)), lanes)
+            ctx.b.loop("0", end, str(group), [], one)
 
-        scalar_nest(ctx, (*self.kept[:-1], self.kept[-1] // size), group)
+        scalar_nest(ctx, self.kept[:last], groups, bounds=bounds)
 
-    def _row(self, kept: Point) -> list[Lane]:
-        total = self._vectors(kept)
-        return horizontal(self.ctx, self.block, total, self.lanes) if self.lanes else total
+    @property
+    def row_width(self) -> int:
+        """Lanes of the vector that a row becomes before its lanes are combined."""
+        return self.dot.lanes // 4 if self.dot is not None else min(self.ctx.width, self.shape[self.along])
 
-    def _vectors(self, kept: Point) -> list[Lane]:
-        """A row but for the lanes of one vector, for each operand; numbers where the row has one element."""
+    def _horizontal(self, lanes: list[Lane]) -> list[Lane]:
+        return horizontal(self.ctx, self.block, lanes, self.row_width) if self.row_width > 1 else lanes
 
-        def at(index: str) -> Point:
-            return self.full_point(kept, lanes_at(self.ctx, self.shape, self.along, index))
-
+    def _row_lanes(self, kept: Point) -> list[Lane]:
+        """A row combined to one vector of ``row_width`` lanes."""
+        width = min(self.ctx.width, self.shape[self.along])
+        if self.dot is not None:
+            total = self._dot_row(self.dot, kept)
+        elif self.part is not None:
+            total = self._bounded(self.part, partial(self._at, kept), width)
+        else:
+            size = self.shape[self.along]
+            total = self.accumulate(partial(self._at, kept), size, width, width if width > 1 else 0)
         if self.part is not None:
-            total = self._bounded(self.part, at, self.lanes)
             self._fill_tails(self.part, kept)
-            return total
-        return self.accumulate(at, self.shape[self.along], max(self.lanes, 1), self.lanes)
+        return total
+
+    def _at(self, kept: Point, index: str) -> Point:
+        return self.full_point(kept, lanes_at(self.ctx, self.shape, self.along, index))
+
+    def _dot_row(self, dot: ByteDot, kept: Point) -> list[Lane]:
+        """Whole vectors of bytes with several accumulators, then, below a bound, the one that the bound cuts."""
+        ctx, size, part = self.ctx, self.shape[self.along], self.part
+        copies = min(ACCUMULATORS, size // dot.lanes) if part is None else 1
+
+        def add(index: str, carried: Sequence[str], full: bool) -> list[str]:
+            out = []
+            for copy in range(copies):
+                base = ctx.b.int_op("add", index, str(copy * dot.lanes), I32)
+                point = self.full_point(kept, Affine(I32, base, 1, dot.lanes))
+                assume(ctx, [part] if part is not None else [], point, full, self.along)
+                out += dot.step(point, carried[copy * dot.count : (copy + 1) * dot.count])
+                self._write_carried(point)
+            return out
+
+        accs: Sequence[str] = ["zeroinitializer"] * (dot.count * copies)
+        whole = str(size) if part is None else rounded_down(ctx, part.bound or "0", dot.lanes)
+        if whole == str(dot.lanes * copies):
+            accs = add("0", accs, True)
+        else:
+            init = [(dot.type, ref) for ref in accs]
+            accs = ctx.b.loop("0", whole, str(dot.lanes * copies), init, lambda index, refs: add(index, refs, True))
+        if part is not None:
+            more = ctx.b.emit(f"icmp slt i32 {whole}, {part.bound}")
+            before = list(accs)
+            accs = ctx.b.branch(more, lambda: add(whole, before, False), lambda: before, [dot.type] * dot.count)
+        lanes = dot.lanes // 4
+        totals = [Vector(I32, dot.total(accs[i : i + dot.count]), lanes) for i in range(0, len(accs), dot.count)]
+        total: list[Lane] = [totals[0]]
+        for other in totals[1:]:
+            total = self.registers(combine(ctx, self.block, total, [other]), lanes)
+        return total
 
     def _tail(self) -> Conjunct | None:
         """Mask factor that may end the loop early."""
@@ -248,11 +277,11 @@ class _Reduction:
         assert bound is not None
         assert self.start is not None
         # The tail holds neutral elements in its place, so one of them starts the sum: even of no elements.
-        start = as_vector(ctx, Uniform(elem, self._tail_element()), width)
+        start = as_vector(ctx, Uniform(elem, masked_element(self.block, elem, self.start)), width)
         type_ = type_of(elem, width)
         copies = min(ACCUMULATORS, self.shape[self.along] // width)
-        grouped = _rounded_down(ctx, bound, width * copies)
-        whole = _rounded_down(ctx, bound, width)
+        grouped = rounded_down(ctx, bound, width * copies)
+        whole = rounded_down(ctx, bound, width)
 
         def add(index: str, carried: Sequence[str], full: bool) -> list[str]:
             out = []
@@ -273,14 +302,6 @@ class _Reduction:
         last = b.branch(more, lambda: add(whole, rest, False), lambda: rest, [type_])
         return self._lanes(last, width)
 
-    def _tail_element(self) -> str:
-        """What the masked elements are: for maxima an infinity, where the neutral element is NaN."""
-        name, elem = self.block.ops[0].name, self.elems[0]
-        if name in ("arith.maxnumf", "arith.minnumf"):
-            return scalar_literal(_infinity(elem, int(name == "arith.maxnumf")), elem)
-        assert self.start is not None
-        return self.start
-
     def _column(self, kept: Point) -> list[Lane]:
         width = max((getattr(lane, "width", 0) for lane in kept), default=0)
         return self.accumulate(
@@ -288,7 +309,7 @@ class _Reduction:
         )
 
 
-def _rounded_down(ctx: Context, count: str, multiple: int) -> str:
+def rounded_down(ctx: Context, count: str, multiple: int) -> str:
     if is_const(count):
         return str(int(count) // multiple * multiple)
     return ctx.b.emit(f"and i32 {count}, {-multiple}")
