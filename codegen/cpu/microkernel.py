@@ -33,6 +33,8 @@ class TileDot:
         a_layout: "mk": K contiguous, the stride is that between rows of m; "km": M contiguous, the stride is
             that between rows of k.
         zero_init: the accumulator starts at zero and its old contents are not read.
+        b_apart: rows of a "kn" B are far apart in memory. Each panel is copied together before it is used, so that it
+            stays in the first-level cache, few sets of which hold rows that are a multiple of a page apart.
     """
 
     m: int
@@ -44,11 +46,14 @@ class TileDot:
     b_layout: str = "kn"
     a_layout: str = "mk"
     zero_init: bool = False
+    b_apart: bool = False
 
     @property
     def symbol(self) -> str:
         """Name of the function, the same for equal specs only."""
-        layouts = f"{self.a_layout}_{self.b_layout}{'_zero' if self.zero_init else ''}"
+        layouts = (
+            f"{self.a_layout}_{self.b_layout}{'_zero' if self.zero_init else ''}{'_apart' if self.b_apart else ''}"
+        )
         return f"tile_dot_{self.m}x{self.n}x{self.k}_{self.a_dtype}_{self.b_dtype}_{self.acc_dtype}_{layouts}"
 
     def tile_shape(self, target: CpuTarget) -> TileShape | None:
@@ -150,10 +155,15 @@ def _emit_tiles(ir: IrText, spec: TileDot, step: Step, a: _TileA, target: CpuTar
     rows, vectors = _block_shape(spec.m, -(-spec.n // step.lanes), target)
     width = vectors * step.lanes
     full = spec.n // width * width
+    copied = ir.op(f"alloca [{spec.k * width * step.b_bytes} x i8], align {_CACHE_LINE}") if spec.b_apart else None
 
     def panel(column: str, lanes: Sequence[int]) -> None:
         acc = ir.at("%acc", ir.mul(column, BYTES[spec.acc_dtype]))
-        _emit_panel(ir, spec, step, rows, lanes, acc, a, ir.at("%b", ir.mul(column, step.b_bytes)))
+        b = ir.at("%b", ir.mul(column, step.b_bytes))
+        columns = _Columns.of(step, lanes, b, ir.mul("%b_stride", BYTES[spec.b_dtype]))
+        if copied is not None:
+            columns = columns.copied(ir, spec, step, copied)
+        _emit_panel(ir, spec, step, rows, acc, a, columns)
 
     ir.each(full, width, lambda column: panel(column, [step.lanes] * vectors))
     if full < spec.n:
@@ -171,12 +181,9 @@ def _block_shape(m: int, vectors: int, target: CpuTarget) -> tuple[int, int]:
     return min(m, 16 // vectors), vectors
 
 
-def _emit_panel(
-    ir: IrText, spec: TileDot, step: Step, rows: int, lanes: Sequence[int], acc: str, a: _TileA, b: str
-) -> None:
-    """All rows of A times one panel of B: columns of ``sum(lanes)``, held in one register for each of ``lanes``."""
+def _emit_panel(ir: IrText, spec: TileDot, step: Step, rows: int, acc: str, a: _TileA, columns: "_Columns") -> None:
+    """All rows of A times one panel of B."""
     acc_row = spec.n * BYTES[spec.acc_dtype]
-    columns = _Columns.of(step, lanes, b, ir.mul("%b_stride", BYTES[spec.b_dtype]))
     surplus = _emit_surplus(ir, spec, step, columns)
 
     def block(row: str, count: int) -> None:
@@ -200,6 +207,20 @@ class _Columns:
     @staticmethod
     def of(step: Step, lanes: Sequence[int], base: str, group: str) -> "_Columns":
         return _Columns(tuple((sum(lanes[:index]), width) for index, width in enumerate(lanes)), base, group)
+
+    def copied(self, ir: IrText, spec: TileDot, step: Step, to: str) -> "_Columns":
+        """The panel with its rows one behind the other at ``to``."""
+        size = step.b_bytes
+        row_bytes = sum(width for _, width in self.registers) * size
+
+        def copy(index: str) -> None:
+            source, target = ir.at(self.base, ir.mul(index, self.group)), ir.at(to, ir.mul(index, row_bytes))
+            for column, width in self.registers:
+                kind = vector(LLVM_TYPES[spec.b_dtype], width)
+                ir.store(kind, ir.load(kind, ir.at(source, column * size), size), ir.at(target, column * size), size)
+
+        ir.each(spec.k, 1, copy)
+        return _Columns(self.registers, to, str(row_bytes))
 
     def load(self, ir: IrText, step: Step, index: str) -> list[str]:
         place = ir.at(self.base, ir.mul(index, self.group))

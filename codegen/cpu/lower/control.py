@@ -8,6 +8,7 @@ from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.nest import index_like
 from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.ttir import I64, Block, Op, Value
+from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
 
 LowerBlock = Callable[[Context, Block], None]
 
@@ -55,8 +56,14 @@ class _For:
     def _keep_origin(self, init: Value) -> None:
         """The loop evaluates the initial tensor again and again: only index arithmetic stays lazy."""
         ctx = self.ctx
-        if init not in ctx.bindings and not index_like(ctx, init):
-            ctx.bind(init, materialize(ctx, init, op=self.op))
+        if init in ctx.bindings or index_like(ctx, init):
+            return
+        kept_in_range = wraps(ctx, init)
+        with unwrapping(ctx, kept_in_range):
+            lazy = index_like(ctx, init)
+        for value in reversed(kept_in_range) if lazy else [init]:
+            if value not in ctx.bindings:
+                ctx.bind(value, materialize(ctx, value, op=self.op))
 
     def _initial(self, init: Value) -> Buffer:
         ctx = self.ctx

@@ -1,10 +1,9 @@
 """Operands of ``tt.dot`` as matrices in memory: where they are when their memory allows it, else in scratch."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tilewright.codegen.cpu.lower.context import UNWRAPPED, Buffer, Context, Shifted
+from tilewright.codegen.cpu.lower.context import Buffer, Context, Shifted
 from tilewright.codegen.cpu.lower.convert import cast
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Point, Uniform, Vector, is_const
 from tilewright.codegen.cpu.lower.nest import (
@@ -18,6 +17,7 @@ from tilewright.codegen.cpu.lower.nest import (
 from tilewright.codegen.cpu.lower.plan import grouped_load
 from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.ttir import I32, Elem, Op, Type, Value
+from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ def _in_place(ctx: Context, op: Op) -> Tile | None:
     None if rows and columns are both apart in memory, or that is not known when the kernel is compiled.
     """
     pointer = op.operands[0]
-    wraps = _wraps(ctx, pointer)
-    flags = [_changes_nothing(ctx, value) for value in wraps]
+    kept_in_range = wraps(ctx, pointer)
+    flags = [_changes_nothing(ctx, value) for value in kept_in_range]
     if len(op.operands) > 1:
         flags.append(_all_true(ctx, op.operands[1]))
-    with _unwrapping(ctx, wraps):
+    with unwrapping(ctx, kept_in_range):
         strides = _strides(ctx, pointer)
     if strides is None or None in flags:
         return None
@@ -140,28 +140,6 @@ def _in_place(ctx: Context, op: Op) -> Tile | None:
     in_place = Tile(base, row if column == "1" else column, column != "1", op.result.elem)
     complete = _both(ctx, [flag for flag in flags if flag is not None])
     return in_place if complete == "true" else _chosen(ctx, op.result, in_place, complete)
-
-
-def _wraps(ctx: Context, pointer: Value) -> list[Value]:
-    """Indices in an expression of pointers that are kept in range by an operation, outermost ones only."""
-    found = []
-    for value in expression(ctx, pointer):
-        binding = ctx.bindings.get(value)
-        if isinstance(binding, Shifted):
-            found += _wraps(ctx, binding.origin)
-        elif value.type.is_tensor and value.op is not None and value.op.name in UNWRAPPED:
-            found.append(value)
-    return list(dict.fromkeys(found))
-
-
-@contextmanager
-def _unwrapping(ctx: Context, values: Sequence[Value]) -> Iterator[None]:
-    before = ctx.unwrapped
-    ctx.unwrapped = before | frozenset(values)
-    try:
-        yield
-    finally:
-        ctx.unwrapped = before
 
 
 def _changes_nothing(ctx: Context, wrap: Value) -> str | None:

@@ -16,6 +16,8 @@ _COST |= {"tt.extern_elementwise": 6, "arith.remf": 6, "arith.divsi": 4, "arith.
 _COST |= {"arith.remui": 4, "tt.gather": 4, "tt.mulhiui": 2, "tt.elementwise_inline_asm": 4}
 _CHEAP_MATH = {"math.absf", "math.fma", "math.floor", "math.ceil", "math.absi"}
 _EXPENSIVE = 2
+_REMAINDERS = ("arith.remsi", "arith.remui")
+_INDEX = frozenset(("arith.addi", "arith.muli", "arith.extsi", "tt.addptr"))
 ROOTS = {
     "tt.store", "tt.reduce", "tt.scan", "tt.dot", "tt.atomic_rmw", "tt.atomic_cas", "tt.histogram", "tt.print",
     "tt.assert", "scf.for", "scf.while", "scf.if", "scf.yield", "scf.condition", "cf.region", "cf.br",
@@ -183,6 +185,9 @@ class Plan:
         # Loads along the vectors are not worth memory of their own; anything dearer is, and what uses it is cheap then.
         if self._feeds_broadcast(value) and any(cost_of(op) >= _EXPENSIVE for op in costly):
             return True
+        if value.op is not None and value.op.name in _REMAINDERS and self._feeds_broadcast(value, _INDEX):
+            # The remainder itself, not the addresses made of it, so that they stay index arithmetic.
+            return True
         # A value with one user leaves the decision to that user, which sees the same roots.
         return len(users) > 1 and len(roots) > 1 and cost >= _EXPENSIVE
 
@@ -194,12 +199,11 @@ class Plan:
             return False
         return all(user.name == "tt.dot" or user.name == "tt.trans" for user in self.users.get(value, []))
 
-    def _feeds_broadcast(self, value: Value) -> bool:
-        """Whether a broadcast would make loops repeat this value."""
+    def _feeds_broadcast(self, value: Value, through: frozenset[str] = frozenset()) -> bool:
+        """Whether a broadcast would make loops repeat this value, maybe after operations ``through``."""
         for user in self.users.get(value, []):
-            if user.name == "tt.broadcast" or (
-                user.name in ("tt.expand_dims", "tt.reshape") and self._feeds_broadcast(user.result)
-            ):
+            passes = user.name in ("tt.expand_dims", "tt.reshape") or user.name in through
+            if user.name == "tt.broadcast" or (passes and self._feeds_broadcast(user.result, through)):
                 return True
         return False
 
