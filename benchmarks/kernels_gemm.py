@@ -55,7 +55,7 @@ def linear_gelu(
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], y, mask=rows[:, None] < M)
 
 
-@triton.autotune([triton.Config({"BM": 32, "BN": 256, "BK": 64, "GROUP_M": 8})], key=["M", "N", "K"])
+@triton.autotune([triton.Config({"BM": 128, "BN": 64, "BK": 64, "GROUP_M": 8})], key=["M", "N", "K"])
 @triton.jit
 def tutorial_gelu(
     a_ptr, b_ptr, bias_ptr, out_ptr, M, N, K, a_row, a_col, b_row, b_col, o_row, o_col,
@@ -90,9 +90,9 @@ def tutorial_gelu(
 # Rows, columns and step along K of a program's tile; packed and [N, K] weights. The latter are packed by each program
 # again: tall tiles pay for it.
 TILES = {
-    torch.float32: ((32, 64, 256), (64, 64, 256)),
-    torch.bfloat16: ((64, 256, 256), (256, 64, 256)),
-    torch.int8: ((64, 256, 256), (256, 64, 256)),
+    torch.float32: ((32, 64, 256), (128, 64, 256)),
+    torch.bfloat16: ((32, 256, 256), (256, 64, 256)),
+    torch.int8: ((32, 256, 256), (256, 64, 256)),
 }
 
 

@@ -16,6 +16,7 @@ from tilewright.codegen.cpu.lower.ttir import F32, F64, Elem
 _FRACTION = {32: 23, 64: 52}  # bits below the exponent
 _BIAS = {32: 127, 64: 1023}
 _AVX512_WIDTHS = (4, 8, 16)
+_TABLE_LANES = 16
 
 
 class FloatCode(Builder):
@@ -105,6 +106,21 @@ class FloatCode(Builder):
         for c in reversed(coefficients[:-1]):
             total = self.fma(total, x, c)
         return self.ref(total)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether ``look_up`` exists: on full registers of AVX-512."""
+        return self.avx512 and self.width == _TABLE_LANES and self.elem == F32
+
+    def look_up(self, index: str, table: Sequence[float]) -> str:
+        """Elements of a table of 32 numbers; of each index the lowest 5 bits count."""
+        lanes = f"<{_TABLE_LANES} x float>"
+        halves = []
+        for start in (0, _TABLE_LANES):
+            numbers = (f"float {float_literal(x)}" for x in table[start : start + _TABLE_LANES])
+            halves.append(f"{lanes} <{', '.join(numbers)}>")
+        name = "@llvm.x86.avx512.vpermi2var.ps.512"
+        return self.emit(f"call {lanes} {name}({halves[0]}, {self.int_type} {index}, {halves[1]})")
 
     def clamp(self, x: str, low: float, high: float) -> str:
         """NaN stays NaN."""

@@ -5,6 +5,7 @@ the C library's erfc and exp.
 """
 
 from tilewright.codegen.cpu.lower.floatcode import FloatCode
+from tilewright.codegen.cpu.lower.math_erf_table import erf_from_table
 from tilewright.codegen.cpu.lower.math_exp import exp, exp_wide
 
 _ERF = (
@@ -30,7 +31,9 @@ _ERFCX_FAR = (1.0, -1.0, 3.0, -15.0, 105.0, -945.0, 10395.0, -135135.0)
 
 
 def erf(f: FloatCode, x: str) -> str:
-    """A polynomial near 0, else ``1 - exp(log(erfc(x)))``."""
+    """A table of polynomials where the processor looks it up; a polynomial near 0, else ``1 - exp(log(erfc(x)))``."""
+    if f.looks_up:
+        return erf_from_table(f, x)
     size, square = f.abs(x), f.mul(x, x)
     small = f.fma(x, f.horner(square, _ERF), x)
     t = f.sub(f.clamp(size, 0.0, 4.0), _LOG_ERFC_CENTER)
