@@ -47,10 +47,10 @@ def tl_name(dtype: str) -> str:
 def to_torch(values: Array, dtype: str) -> Tensor:
     """A tensor of the dtype; floats are rounded."""
     if is_float(dtype):
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float64)).to(_TORCH[dtype])
+        return torch.from_numpy(np.array(values, dtype=np.float64, order="C")).to(_TORCH[dtype])
     if dtype == "int1":
-        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.bool_))
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.dtype(dtype)))
+        return torch.from_numpy(np.array(values, dtype=np.bool_, order="C"))
+    return torch.from_numpy(np.array(values, dtype=np.dtype(dtype), order="C"))
 
 
 def exact(tensor: Tensor, dtype: str) -> Array:
