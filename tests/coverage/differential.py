@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Operation:
     roundings: float = 4
 
 
-def _total(x: Array) -> type:
+def _total(x: Array) -> "np.dtype[Any]":
     """Sums of small integers are computed in 32 bits."""
     small = x.dtype.kind in "iu" and x.dtype.itemsize < 4
     return np.dtype(f"{x.dtype.kind}4") if small else x.dtype
@@ -43,7 +44,9 @@ def _total(x: Array) -> type:
 OPERATIONS = {
     "arithmetic": Operation("x * y - x", lambda x, y, _: x * y - x, elementwise=True, least_rank=0),
     "select": Operation("tl.where(x > y, x, y + x)", lambda x, y, _: np.where(x > y, x, y + x), True, 0),
-    "extremes": Operation("tl.maximum(x, y) - tl.minimum(x, y)", lambda x, y, _: np.abs(x - y), True, 0),
+    "extremes": Operation(
+        "tl.maximum(x, y) - tl.minimum(x, y)", lambda x, y, _: np.maximum(x, y) - np.minimum(x, y), True, 0
+    ),
     "cast": Operation("x.to(tl.float32) * 0.5", lambda x, y, _: x.astype(np.float32) * 0.5, True, 0),
     "sum": Operation("tl.sum(x, AXIS)", lambda x, y, axis: x.sum(axis, dtype=_total(x)), roundings=64),
     "sum of product": Operation(
@@ -53,8 +56,11 @@ OPERATIONS = {
     ),
     "max": Operation("tl.max(x, AXIS)", lambda x, y, axis: x.max(axis)),
     "argmin": Operation("tl.argmin(x, AXIS)", lambda x, y, axis: x.argmin(axis)),
+    # The largest of small integers is found in 32 bits.
     "centered": Operation(
-        "x - tl.max(x, AXIS, keep_dims=True)", lambda x, y, axis: x - x.max(axis, keepdims=True), True
+        "x - tl.max(x, AXIS, keep_dims=True)",
+        lambda x, y, axis: x.astype(_total(x)) - x.max(axis, keepdims=True).astype(_total(x)),
+        elementwise=True,
     ),
     "cumsum": Operation("tl.cumsum(x, AXIS)", lambda x, y, axis: x.cumsum(axis, dtype=_total(x)), roundings=128),
     "reversed cumsum": Operation(
