@@ -15,6 +15,7 @@ from tilewright.runtime.memory import Arena
 from tilewright.runtime.phase import Phase
 from tilewright.runtime.schedule import STEP, Eager, Launch, Linear
 from tilewright.runtime.stats import RunCounts
+from tilewright.runtime.stopping import Checks
 from tilewright.runtime.weights import PackedLinear, linear_into
 
 _LARGEST_INT32 = 2**31 - 1
@@ -75,6 +76,7 @@ class Bound:
         self._tensors: dict[tuple[object, ...], Tensor] = {}
         self._views: list[Tensor | None] = list(phase.weight_views)
         self._fill(np.array(self.sizes, dtype=np.int64))
+        self._checks = Checks(self) if phase.stopping else None
         self._outputs: list[tuple[int, tuple[int, ...], torch.dtype]] = []
         self._fresh_outputs: list[tuple[int, tuple[int, ...]]] = []
         for view in (phase.views[number] for number in phase.outputs):
@@ -179,6 +181,13 @@ class Bound:
         return self._earlier._planned_at(value)
 
     def _launch(self, action: Launch, call: Call) -> None:
+        if self._checks is not None:
+            self._checks.prepare(self.schedule.numbers[action.first : action.first + action.count], call)
+        self._run_steps(action, call)
+        if self._checks is not None:
+            self._checks.raise_if_stopped()
+
+    def _run_steps(self, action: Launch, call: Call) -> None:
         run_steps, threads = call.launcher.run_steps, call.threads
         if call.timeline is None:
             run_steps(self._steps_address + action.first * STEP.itemsize, action.count, threads)

@@ -14,8 +14,8 @@ import sympy
 import torch
 
 from tilewright.ir.kernels import BuiltKernel, KernelSource
-from tilewright.ir.program import Choice, EagerStep, KernelStep, ProgramSpec, Scalar, Step, Storage, View
-from tilewright.ir.sizes import Size, compile_sizes, contiguous_strides
+from tilewright.ir.program import Choice, EagerStep, KernelStep, Pointer, ProgramSpec, Scalar, Step, Storage, View
+from tilewright.ir.sizes import Size, compile_sizes, contiguous_strides, product
 from tilewright.runtime.memory import MemoryPlan
 from tilewright.runtime.schedule import (
     Eager,
@@ -65,6 +65,21 @@ class IndexedView:
     offset: int
 
 
+@dataclass(frozen=True)
+class StoppingKernel:
+    """A kernel step in checked mode.
+
+    Attributes:
+        step: the step.
+        position: of the argument slot for its memory table.
+        memory: by argument that is a pointer, the value, and the number of its bytes in the size table.
+    """
+
+    step: KernelStep
+    position: int
+    memory: Mapping[int, tuple[int, int]]
+
+
 class Phase:
     """The steps of one stretch, with their arguments as arrays.
 
@@ -87,6 +102,7 @@ class Phase:
             values: none), and a number of the size table, for what is added to it.
         given: the same for slots with addresses of inputs and outputs; their second row indexes ``given_values``.
         narrow: sizes that kernels take as 32-bit integers.
+        stopping: by number, the kernels that can stop themselves.
     """
 
     def __init__(
@@ -120,7 +136,7 @@ class Phase:
         self.sizes = self.table.compile(self.symbols)
 
     def _add_kernels(self, steps: Sequence[KernelStep], kernels: Mapping[KernelSource, BuiltKernel]) -> None:
-        counts = [len(step.args) for step in steps]
+        counts = [len(step.args) + kernels[step.kernel].stops for step in steps]
         starts = np.cumsum([0, *counts], dtype=np.uint64)[:-1]
         self.template = np.zeros(max(1, sum(counts)), dtype=np.int64)
         grids = np.array([[self.table.add(size) for size in step.grid] for step in steps], dtype=np.int64)
@@ -146,6 +162,11 @@ class Phase:
                 is_given = self.spec.values[value].storage in (Storage.INPUT, Storage.OUTPUT)
                 (given if is_given else laid_out).append((position, value, offset))
                 slots_of.setdefault(value, []).append((number, position, offset if content.view.offset != 0 else None))
+        self.stopping = {
+            number: StoppingKernel(step, int(starts[number]) + len(step.args), self._memory_of(step))
+            for number, step in enumerate(steps)
+            if kernels[step.kernel].stops
+        }
         self.given_values = tuple(dict.fromkeys(value for _, value, _ in given))
         given = [(position, self.given_values.index(value), offset) for position, value, offset in given]
         self.laid_out, self.given = (np.array(rows, np.int64).reshape(-1, 3).T.copy() for rows in (laid_out, given))
@@ -153,6 +174,14 @@ class Phase:
         functions = np.array([kernels[step.kernel].address for step in steps], dtype=np.uint64)
         numbers = {id(step): number for number, step in enumerate(steps)}
         self._kernels = KernelArrays(numbers, functions, starts, grids.reshape(-1, 3), slots_of)
+
+    def _memory_of(self, step: KernelStep) -> dict[int, tuple[int, int]]:
+        values = {n: arg.view.value for n, arg in enumerate(step.args) if isinstance(arg, Pointer)}
+        records = self.spec.values
+        return {
+            n: (value, self.table.add(product(records[value].shape) * records[value].dtype.itemsize))
+            for n, value in values.items()
+        }
 
     def _address(self, view: View) -> tuple[int, int | None]:
         """(value, byte offset as a number of the size table), or (address, None) if it never changes."""

@@ -96,6 +96,7 @@ class Schedule:
         arguments: bytes from the first argument slot of the phase to theirs.
         grids: as in ``KernelArrays``.
         names: of those kernels.
+        numbers: of those kernels in the phase.
         actions: what to do in order, each with the fresh values that nothing needs afterwards.
         fresh: values for which a result of the vendor library stands.
     """
@@ -104,6 +105,7 @@ class Schedule:
     arguments: np.ndarray
     grids: np.ndarray
     names: tuple[str, ...]
+    numbers: tuple[int, ...]
     actions: tuple[tuple[Action, tuple[int, ...]], ...]
     fresh: frozenset[int]
 
@@ -221,6 +223,7 @@ def make_schedule(
         arguments=kernels.starts[order] * np.uint64(8),
         grids=kernels.grids[order],
         names=tuple(step.kernel.name for step in launches),
+        numbers=tuple(order.tolist()),
         actions=tuple(zip(made, done, strict=True)),
         fresh=frozenset(fresh.values()),
     )

@@ -40,13 +40,19 @@ class ArgumentPacker:
         types: Triton type of each argument ("*fp32", "i32", "fp32", "tensordesc<fp32[16, 16]>", a tuple of types,
             or "constexpr" for an argument that is compiled in and gets no slot).
         kernel: name of the kernel, for error messages.
+
+    Attributes:
+        slots: number of slots.
     """
 
     def __init__(self, types: Iterable[Any], kernel: str) -> None:
         self._kernel = kernel
         self._types = tuple(types)
         self._nested = any(not isinstance(kind, str) or kind.startswith("tensordesc") for kind in self._types)
-        self._flat = tuple(_flat_types(self._types))
+        self._flat = tuple(flat_types(self._types))
+        taken = [index for index, kind in enumerate(self._flat) if kind != "constexpr"]
+        self._pointers = tuple((slot, index) for slot, index in enumerate(taken) if self._flat[index].startswith("*"))
+        self.slots = len(taken)
         self._write = _writer(self._flat)
 
     def pack(self, arguments: Sequence[Any]) -> bytes:
@@ -67,7 +73,7 @@ class ArgumentPacker:
         Raises:
             InputError: as ``pack`` does.
         """
-        flat = tuple(_flat_values(self._types, arguments)) if self._nested else arguments
+        flat = tuple(flat_values(self._types, arguments)) if self._nested else arguments
         try:
             try:
                 return self._write(function, grid_x, grid_y, grid_z, flat)
@@ -90,6 +96,11 @@ class ArgumentPacker:
         """Floats beyond the range of fp32 become infinite, as a conversion in C makes them."""
         pairs = zip(self._flat, flat, strict=True)
         return [ctypes.c_float(value).value if kind in ("fp32", "f32") else value for kind, value in pairs]
+
+    def pointers(self, arguments: Sequence[Any]) -> Iterable[tuple[int, int, Any]]:
+        """Of each parameter that is a pointer: its slot, its place among ``flat_types``, and the argument."""
+        flat = tuple(flat_values(self._types, arguments)) if self._nested else arguments
+        return [(slot, index, flat[index]) for slot, index in self._pointers]
 
     def _describe(self, flat: Sequence[Any]) -> str:
         pairs = zip(self._flat, flat, strict=True)
@@ -189,12 +200,13 @@ def _bf16_bits(value: Any) -> int:
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 
 
-def _flat_types(types: Iterable[Any]) -> Iterable[str]:
+def flat_types(types: Iterable[Any]) -> Iterable[str]:
+    """Types of the runtime parameters behind those of a signature: tuples and descriptors taken apart."""
     for kind in types:
         if isinstance(kind, str):
             yield from _descriptor_types(kind) if kind.startswith("tensordesc") else (kind,)
         else:
-            yield from _flat_types(kind)
+            yield from flat_types(kind)
 
 
 def _descriptor_types(kind: str) -> list[str]:
@@ -205,12 +217,22 @@ def _descriptor_types(kind: str) -> list[str]:
     return [f"*{element}", *["i64"] * (2 * rank), "i1", "i1", *["i32"] * rank, *["i64"] * rank]
 
 
-def _flat_values(types: Sequence[Any], values: Sequence[Any]) -> Iterable[Any]:
+def flat_values(types: Sequence[Any], values: Sequence[Any]) -> Iterable[Any]:
+    """Arguments taken apart as ``flat_types`` does it."""
     for kind, value in zip(types, values, strict=True):
         if not isinstance(kind, str):
-            yield from _flat_values(kind, value)
+            yield from flat_values(kind, value)
         elif kind.startswith("tensordesc"):
             extents = (*value.shape, *value.strides)
             yield from (value.base, *extents, value.padding == "nan", value.round_f32_to_tf32, *extents)
         else:
             yield value
+
+
+def flat_names(names: Iterable[str], types: Iterable[Any]) -> Iterable[str]:
+    """Names for errors, taken apart as ``flat_types`` does it: ``x``, ``pair[1]``; all of a descriptor have one."""
+    for name, kind in zip(names, types, strict=True):
+        if isinstance(kind, str):
+            yield from [name] * (len(_descriptor_types(kind)) if kind.startswith("tensordesc") else 1)
+        else:
+            yield from flat_names([f"{name}[{index}]" for index in range(len(kind))], kind)

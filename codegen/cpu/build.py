@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tilewright import settings
 from tilewright.codegen.cpu import jit, store
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.codegen.cpu.version import front_end_version, toolchain_version
@@ -50,12 +51,14 @@ def build(source: KernelSource) -> BuiltKernel:
             if code is None:
                 raise CodegenError(f"kernel '{source.name}' was built but cannot be read back")
         _loaded[key] = code
-    return BuiltKernel(source, code.address, tuple(name for name, _ in source.signature), code)
+    params = tuple(name for name, _ in source.signature)
+    return BuiltKernel(source, code.address, params, code, stops=settings.get_once("check"))
 
 
 def kernel_key(source: KernelSource, target: CpuTarget) -> str:
-    """Digest of everything the object code of a kernel depends on."""
-    return store.key("kernel", repr(source), target.key, toolchain_version(), front_end_version())
+    """Digest of everything the object code of a kernel depends on, the setting ``check`` among it."""
+    mode = "checked" if settings.get_once("check") else ""
+    return store.key("kernel", repr(source), target.key, toolchain_version(), front_end_version(), mode)
 
 
 def _load(entry: bytes | None) -> jit.Code | None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from triton._C.libtriton import ir, passes
 from triton.backends.compiler import BaseBackend, GPUTarget, Language
 
+from tilewright import settings
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.codegen.cpu.version import toolchain_version
 from tilewright.errors import CodegenError, TilewrightError, UnsupportedOp, Where
@@ -31,6 +32,7 @@ class CpuOptions:
 
     Attributes:
         arch: ``CpuTarget.key`` of the instruction set.
+        check: checked mode: test every access to memory. The setting ``check`` is its default.
         debug: compile ``tl.device_assert`` in.
         sanitize_overflow: with ``debug``, check integer arithmetic for overflow.
         enable_fp_fusion: allow a multiply and an add to become one fused operation.
@@ -42,6 +44,7 @@ class CpuOptions:
     maxnreg: int | None = None
     arch: str = ""
     backend_name: str = "cpu"
+    check: bool = False
     debug: bool = False
     sanitize_overflow: bool = True
     enable_fp_fusion: bool = True
@@ -89,6 +92,7 @@ class CpuBackend(BaseBackend):
         values = {name: value for name, value in options.items() if name in known and value is not None}
         # Triton hands options back after a round trip through JSON, which has no tuples.
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        values.setdefault("check", settings.get_once("check"))
         return CpuOptions(**values, arch=self._cpu_target().key)
 
     def add_stages(
@@ -106,7 +110,7 @@ class CpuBackend(BaseBackend):
                 hint="write the kernel in triton.language",
             )
         stages["ttir"] = lambda module, metadata: optimize_ttir(module)
-        stages["llir"] = lambda module, metadata: self._lower(module, metadata)
+        stages["llir"] = lambda module, metadata: self._lower(module, metadata, options)
         stages["obj"] = lambda text, metadata: self._assemble(text, metadata["name"])
 
     def pack_metadata(self, metadata: Any) -> tuple[int, int, int]:
@@ -129,14 +133,17 @@ class CpuBackend(BaseBackend):
     def _cpu_target(self) -> CpuTarget:
         return CpuTarget.from_key(str(self.target.arch))
 
-    def _lower(self, module: Any, metadata: dict[str, Any]) -> str:
+    def _lower(self, module: Any, metadata: dict[str, Any], options: CpuOptions) -> str:
         from tilewright.codegen.cpu.lower import lower_module
 
         name = module.get_entry_func_name()
-        lowered = _or_codegen_error(name, "lowering", lambda: lower_module(str(module), self._cpu_target()))
+        lowered = _or_codegen_error(
+            name, "lowering", lambda: lower_module(str(module), self._cpu_target(), options.check)
+        )
         metadata["name"] = lowered.name
         metadata["params"] = list(lowered.params)
         metadata["shared"] = 1  # bytes: none is used, but tuning code divides by it
+        metadata["stops"], metadata["searches"] = lowered.stops, lowered.searches
         return lowered.llvm_ir
 
     def _assemble(self, llvm_ir: str, name: str) -> bytes:

@@ -39,7 +39,11 @@ _CPP_TYPES = {
 
 
 class CpuDriver(DriverBase):
-    """Triton's driver interface for the CPU: one device, number 0, one stream."""
+    """Triton's driver interface for the CPU: one device, one stream.
+
+    The device has number 0, and 1 in checked mode: Triton keeps compiled kernels by device, so that a change of the
+    setting by ``settings.scope`` takes effect at the next launch.
+    """
 
     @classmethod
     def is_active(cls) -> bool:
@@ -70,8 +74,8 @@ class CpuDriver(DriverBase):
         return GPUTarget("cpu", CpuTarget.native().key, 1)
 
     def get_current_device(self) -> int:
-        """Always 0."""
-        return 0
+        """0, and 1 in checked mode."""
+        return int(settings.get_once("check"))
 
     def set_current_device(self, device: int) -> None:
         """There is one device: nothing to do."""

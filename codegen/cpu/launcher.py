@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tilewright.codegen.cpu import launch
-from tilewright.codegen.cpu.arguments import HEADER, ArgumentPacker
+from tilewright.codegen.cpu.arguments import HEADER, ArgumentPacker, flat_names
 from tilewright.codegen.cpu.jit import Code
+from tilewright.codegen.cpu.launch_memory import LaunchMemory
 from tilewright.errors import InputError
 
 _MAX_PROGRAMS = 2**62
@@ -25,12 +26,14 @@ class Launch:
         slots: packed arguments.
         grid: programs along x, y, z.
         arguments: the objects whose memory the slots point to.
+        memory: what the kernel is told about memory, if it can stop itself.
     """
 
     code: Code
     slots: bytes
     grid: tuple[int, int, int]
     arguments: tuple[Any, ...]
+    memory: LaunchMemory | None = None
 
 
 class CpuLauncher:
@@ -44,6 +47,8 @@ class CpuLauncher:
     def __init__(self, src: Any, metadata: Any) -> None:
         self._packer = ArgumentPacker(src.signature.values(), metadata.name)
         self._name = metadata.name
+        self._names = tuple(flat_names(src.signature, src.signature.values()))
+        self._stops, self._searches = metadata.stops, metadata.searches
         self._run_record = launch.launcher().run_record
 
     def __call__(
@@ -63,6 +68,7 @@ class CpuLauncher:
 
         Raises:
             InputError: an argument cannot be passed, or the grid is negative or too large.
+            KernelStopped: the kernel stopped itself.
         """
         programs = grid_x * grid_y * grid_z
         if grid_x < 0 or grid_y < 0 or grid_z < 0 or programs > _MAX_PROGRAMS:
@@ -72,9 +78,12 @@ class CpuLauncher:
                 hint="each size is 0 or more, and there are at most 2**62 programs",
             )
         record = self._packer.record(function.address, grid_x, grid_y, grid_z, arguments)
+        memory = LaunchMemory(self._packer, self._names, arguments, self._searches) if self._stops else None
+        if memory is not None:
+            record += memory.slot
         recorded = _recorder.get()
         if recorded is not None:
-            recorded.append(Launch(function, record[HEADER.size :], (grid_x, grid_y, grid_z), arguments))
+            recorded.append(Launch(function, record[HEADER.size :], (grid_x, grid_y, grid_z), arguments, memory))
             return
         if enter_hook is not None:
             enter_hook(launch_metadata)
@@ -82,6 +91,8 @@ class CpuLauncher:
         self._run_record(record, threads)
         if exit_hook is not None:
             exit_hook(launch_metadata)
+        if memory is not None:
+            memory.raise_if_stopped()
 
 
 @contextmanager

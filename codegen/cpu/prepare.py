@@ -2,9 +2,11 @@
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from tilewright.codegen.cpu import launch
+from tilewright.codegen.cpu.launch_memory import LaunchMemory
 from tilewright.codegen.cpu.launcher import Launch, recording
 from tilewright.errors import InputError
 
@@ -80,7 +82,22 @@ def _repeat(recorded: Launch) -> PreparedKernel:
     slots = ctypes.create_string_buffer(recorded.slots, len(recorded.slots))
     grid_x, grid_y, grid_z = recorded.grid
     step = launch.Step(recorded.code.address, ctypes.addressof(slots), grid_x, grid_y, grid_z, 0, 0)
-    prepared = PreparedKernel(launch.launcher().run_steps, ctypes.addressof(step), 1, launch.num_threads())
+    run_steps, threads = launch.launcher().run_steps, launch.num_threads()
+    if recorded.memory is None:
+        prepared = PreparedKernel(run_steps, ctypes.addressof(step), 1, threads)
+    else:
+        prepared = PreparedKernel(_run_and_report, recorded.memory, run_steps, ctypes.addressof(step), threads)
     prepared.launch = recorded
     prepared.memory = (slots, step)
     return prepared
+
+
+def _run_and_report(memory: LaunchMemory, run_steps: Callable[[int, int, int], None], step: int, threads: int) -> None:
+    """A launch of a kernel that can stop itself.
+
+    Raises:
+        KernelStopped: it did.
+    """
+    memory.record.reset()
+    run_steps(step, 1, threads)
+    memory.raise_if_stopped()

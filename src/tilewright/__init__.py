@@ -18,12 +18,13 @@ _PUBLIC = {
     "CompiledModel": "tilewright.driver.compiled",
     "compile": "tilewright.driver.compile",
     "errors": "tilewright.errors",
+    "known_memory": "tilewright.codegen.cpu.launch_memory",
     "ops": "tilewright.ops",
     "prepare": "tilewright.codegen.cpu.prepare",
     "settings": "tilewright.settings",
 }
 
-__all__ = ["CompiledModel", "__version__", "compile", "errors", "ops", "prepare", "settings"]
+__all__ = ["CompiledModel", "__version__", "compile", "errors", "known_memory", "ops", "prepare", "settings"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """Every error a user can see: what happened, where, why, and what to do about it."""
 
+import linecache
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,16 @@ class TilewrightError(Exception):
         lines += [f"  do:    {hint}"] if hint else []
         super().__init__("\n".join(lines))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes send errors back; the constructors take more than the text that is kept in args.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[TilewrightError], args: tuple[Any, ...], attributes: dict[str, Any]) -> TilewrightError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
+
 
 class CaptureError(TilewrightError):
     """The model could not be traced into a graph."""
@@ -78,6 +90,57 @@ class UnsupportedOp(TilewrightError):
 
 class CodegenError(TilewrightError):
     """A region could not be turned into a kernel."""
+
+
+class KernelStopped(TilewrightError):
+    """A kernel on the CPU stopped itself; what it had not computed yet is missing from its outputs.
+
+    Attributes:
+        kernel: its name.
+        source: Python line as ``file:line``, "" if unknown.
+        program: coordinates of the program that stopped.
+    """
+
+    def __init__(
+        self, what: str, *, kernel: str, source: str, program: tuple[int, int, int], why: str = "", hint: str = ""
+    ) -> None:
+        self.kernel, self.source, self.program = kernel, source, program
+        places = [f"kernel '{kernel}'", _with_code(source), f"program {program}"]
+        where = ", ".join(place for place in places if place)
+        super().__init__(what, where=where, why=why, hint=hint)
+
+
+class MemoryViolation(KernelStopped):
+    """In checked mode: an access outside of the tensors that the kernel was given. It did not happen.
+
+    Attributes:
+        address: of the access.
+        nbytes: that it would have read or written there.
+        kind: "load", "store" or "atomic".
+    """
+
+    def __init__(self, what: str, *, address: int, nbytes: int, kind: str, **more: Any) -> None:
+        self.address, self.nbytes, self.kind = address, nbytes, kind
+        super().__init__(what, **more)
+
+
+class KernelAssertion(KernelStopped, AssertionError):
+    """A ``tl.device_assert`` failed.
+
+    Attributes:
+        message: of the assertion.
+    """
+
+    def __init__(self, message: str, **more: Any) -> None:
+        self.message = message
+        super().__init__(f"device_assert failed: {message}" if message else "device_assert failed", **more)
+
+
+def _with_code(source: str) -> str:
+    """``file:line`` with the line's text, where the file can be read."""
+    path, _, line = source.rpartition(":")
+    code = linecache.getline(path, int(line)).strip() if line.isdigit() else ""
+    return f"{source} ({code})" if code else source
 
 
 class CacheError(TilewrightError):

@@ -34,6 +34,13 @@ TABLE = (
     Setting(
         "verify", "TILEWRIGHT_VERIFY", bool, False, "Check each level's spec after every pass (always on in tests)"
     ),
+    Setting(
+        "check",
+        "TILEWRIGHT_CHECK",
+        bool,
+        False,
+        "Checked mode: CPU kernels test every access to memory and stop at a bad one",
+    ),
     Setting("dump_dir", "TILEWRIGHT_DUMP_DIR", Path, None, "Write a numbered graph per pass and all kernels here"),
     Setting(
         "cpu_features", "TILEWRIGHT_CPU_FEATURES", str, None, "Instruction set for CPU kernels; default: this machine's"

@@ -38,8 +38,8 @@ ADD = KernelSource("add", TEXT, "add_kernel", SIGNATURE, (("BLOCK", 1024),))
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path) -> Iterator[Path]:
-    """A cache directory of the test's own, and a process that has loaded nothing."""
-    with settings.scope(cache_dir=tmp_path / "cache"):
+    """A cache directory of the test's own, and a process that has loaded nothing. Kernels get their slots by hand."""
+    with settings.scope(cache_dir=tmp_path / "cache", check=False):
         yield tmp_path / "cache"
     gc.collect()
 

@@ -52,6 +52,10 @@ def _rmw(ctx: Context, op: Op, refs: Sequence[str]) -> str:
     if kind is None:
         raise ctx.unsupported(op, f"an atomic operation of kind {op.words[0]}")
 
+    if ctx.checks is not None:
+        mask = Mask(1, uniform=refs[2]) if len(refs) > 2 and refs[2] != "true" else None
+        ctx.checks.access(op, Uniform(op.operands[0].elem, refs[0]), mask, ctx.b.depth, "atomic")
+
     def run() -> list[str]:
         if elem.kind in ("bfloat", "fp8"):
             return [_float_loop(ctx, op, refs[0], refs[1], elem, order)]
@@ -90,6 +94,8 @@ def _cas(ctx: Context, op: Op, refs: Sequence[str]) -> str:
     elem = op.operands[1].elem
     order = _ORDERS.get(op.words[0], "seq_cst")
     bits = elem.llvm if elem.llvm.startswith("i") else f"i{elem.bits}"
+    if ctx.checks is not None:
+        ctx.checks.access(op, Uniform(op.operands[0].elem, refs[0]), None, ctx.b.depth, "atomic")
     expected, new = (_as_bits(ctx, ref, elem, bits) for ref in refs[1:3])
     failure = {"acq_rel": "acquire", "release": "monotonic"}.get(order, order)
     pair = ctx.b.effect_value(f"cmpxchg ptr {refs[0]}, {bits} {expected}, {bits} {new} {order} {failure}")

@@ -32,7 +32,13 @@ class Scope:
 
 
 class Builder:
-    """Writes one LLVM function body."""
+    """Writes one LLVM function body.
+
+    Attributes:
+        scopes: open scopes, from the outside in.
+        allocas: scratch memory of the function.
+        exits: blocks that leave the function early; each ends by a branch to the block ``exit``.
+    """
 
     def __init__(self) -> None:
         self._counter = itertools.count()
@@ -40,6 +46,7 @@ class Builder:
         self.scopes = [Scope(0, "entry")]
         self.allocas: list[str] = []
         self.frees: list[str] = []
+        self.exits: list[str] = []
 
     @property
     def scope(self) -> Scope:
@@ -87,15 +94,35 @@ class Builder:
         self.scopes[level].lines.append(f"  {name} = {text}")
         return name
 
-    def effect(self, text: str) -> None:
-        """Writes an instruction with an effect and no value, in the innermost scope."""
-        self.scope.lines.append(f"  {text}")
+    def effect(self, text: str, level: int | None = None) -> None:
+        """Writes an instruction with an effect and no value, at a level (default: the innermost)."""
+        self.scopes[self.depth if level is None else level].lines.append(f"  {text}")
 
-    def effect_value(self, text: str) -> str:
-        """Writes an instruction with an effect and a value, in the innermost scope."""
-        name = self.define(self.fresh())
-        self.scope.lines.append(f"  {name} = {text}")
+    def effect_value(self, text: str, level: int | None = None) -> str:
+        """Writes an instruction with an effect and a value, at a level (default: the innermost)."""
+        name = self.define(self.fresh(), level)
+        self.effect(f"{name} = {text}", level)
         return name
+
+    def local(self, ref: str, type_: str = "i32") -> str:
+        """An integer under a name of the innermost scope: what is made of it stays in there."""
+        return self.effect_value(f"add {type_} {ref}, 0")
+
+    def leave(self, condition: str, level: int, last: Sequence[str] = ()) -> None:
+        """Leaves the function, where a condition holds, from the end of what is written at a level so far.
+
+        Args:
+            condition: i1, known at the level.
+            last: instructions to run before; whatever is known at the level may be used in them.
+        """
+        scope = self.scopes[level]
+        out = "exit"
+        stay = self.fresh("stay")[1:]
+        if last:
+            out = self.fresh("leave")[1:]
+            self.exits += [f"{out}:", *(f"  {line}" for line in last), "  br label %exit"]
+        scope.lines += [f"  br i1 {condition}, label %{out}, label %{stay}", f"{stay}:"]
+        scope.label = stay
 
     def alloca(self, nbytes: int) -> str:
         """Scratch memory of the whole function, 64-byte aligned."""

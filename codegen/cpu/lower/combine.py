@@ -8,9 +8,15 @@ from tilewright.codegen.cpu.lower.region import evaluate
 from tilewright.codegen.cpu.lower.ttir import I1, Block
 
 
-def combine(ctx: Context, block: Block, left: Sequence[Lane], right: Sequence[Lane]) -> list[Lane]:
-    """Runs a combine function on two tuples of lanes."""
-    return evaluate(ctx, [block], [*left, *right])
+def combine(
+    ctx: Context, block: Block, left: Sequence[Lane], right: Sequence[Lane], live: Mask | None = None
+) -> list[Lane]:
+    """Runs a combine function on two tuples of lanes.
+
+    Args:
+        live: lanes whose result is used, all when None; only in these may an assertion fail.
+    """
+    return evaluate(ctx, [block], [*left, *right], live)
 
 
 def as_vector(ctx: Context, lane: Lane, width: int) -> Lane:

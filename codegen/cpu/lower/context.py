@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tilewright.codegen.cpu.lower.access import load_lanes, store_lanes
 from tilewright.codegen.cpu.lower.arith import ELEMENTWISE, Rule, elementwise
@@ -24,6 +25,9 @@ from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem, Op, Type, Value
 from tilewright.codegen.cpu.microkernel_amx import TileShape
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import UnsupportedOp, Where
+
+if TYPE_CHECKING:
+    from tilewright.codegen.cpu.lower.checks import Checks
 
 # Large tiles come from the heap, once a call: stacks of threads are small, and LLVM keeps no large tile in registers.
 STACK_TILE = 64 << 10
@@ -88,6 +92,8 @@ class Context:
             are more, each product sets its own.
         relies: level of the innermost scope whose assumptions the value being evaluated rests on: there, and in scopes
             inside it, the value is right, and only there may memory be read for it.
+        table: address of the kernel's memory table, if it can stop itself.
+        checks: tests of accesses, in checked mode.
     """
 
     def __init__(self, kernel: str, target: CpuTarget, plan: Plan) -> None:
@@ -109,6 +115,8 @@ class Context:
             **rules(self.math),
             "tt.extern_elementwise": extern_rule(self.math),
         }
+        self.table: str | None = None
+        self.checks: Checks | None = None
         self._scratch_bytes = self._stack_bytes = 0
 
     def unsupported(self, op: Op, why: str, hint: str = "") -> UnsupportedOp:

@@ -6,6 +6,7 @@ from tilewright.codegen.cpu.lower.carry import claim, tile_for, write_all
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar, Shifted
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.nest import index_like
+from tilewright.codegen.cpu.lower.stop import leave_if_stopped
 from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.ttir import I64, Block, Op, Value
 from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
@@ -87,6 +88,7 @@ class _For:
         low, high, step = (ctx.scalar(v) for v in self.op.operands[:3])
 
         def body(index: str, carried: list[str]) -> list[str]:
+            leave_if_stopped(ctx)
             ctx.bind(self.index, Scalar(index))
             for k, ref in zip(phis, carried, strict=True):
                 self._bind_carried(self.args[k], k, ref)
@@ -157,6 +159,7 @@ def lower_while(ctx: Context, op: Op, lower: LowerBlock) -> None:
     handed = [k for k in range(len(op.results)) if k not in passed]
 
     def test(refs: list[str]) -> tuple[str, list[tuple[str, str]]]:
+        leave_if_stopped(ctx)
         for k, ref in zip(carried, refs, strict=True):
             ctx.bind(before.args[k], Scalar(ref))
         for k, buffer in state.items():

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower import exchange, shapes  # noqa: F401  (register their operations)
 from tilewright.codegen.cpu.lower.access import SAFE_PAGE_IR
+from tilewright.codegen.cpu.lower.assertion import lower_assert
 from tilewright.codegen.cpu.lower.atomic import EAGER_ELEMENTS
 from tilewright.codegen.cpu.lower.blocks import lower_blocks
 from tilewright.codegen.cpu.lower.carry import tile_for
+from tilewright.codegen.cpu.lower.checks import Checks
 from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.control import lower_for, lower_if, lower_while
 from tilewright.codegen.cpu.lower.dot import find_tile_shapes, lower_dot
@@ -18,6 +20,7 @@ from tilewright.codegen.cpu.lower.inline import inline_calls
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.literals import scalar_literal
 from tilewright.codegen.cpu.lower.memory import lower_store, scalar_load
+from tilewright.codegen.cpu.lower.origin import Origins
 from tilewright.codegen.cpu.lower.pairs import flatten_pairs
 from tilewright.codegen.cpu.lower.parser import parse_module
 from tilewright.codegen.cpu.lower.plan import Plan, is_lazy
@@ -25,8 +28,9 @@ from tilewright.codegen.cpu.lower.printing import lower_print
 from tilewright.codegen.cpu.lower.reduce import lower_reduce
 from tilewright.codegen.cpu.lower.scaled import expand_scaled_dots
 from tilewright.codegen.cpu.lower.scan import lower_scan
+from tilewright.codegen.cpu.lower.stop import bind_table
 from tilewright.codegen.cpu.lower.tiles import carrier, materialize
-from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op
+from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op, walk
 from tilewright.codegen.cpu.microkernel_amx import RELEASE
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import CodegenError, TilewrightError, Where
@@ -44,15 +48,22 @@ class Lowered:
             one 8-byte slot per parameter: addresses, integers extended to i64, floats in the low bytes.
         name: the kernel's name.
         params: TTIR types of the parameters, such as ``!tt.ptr<f32>`` and ``i32``.
+        stops: whether it can stop itself: then there is one slot more, the address of a ``MemoryTable``.
+        searches: whether it asks the table for memory that is no parameter's, in checked mode.
     """
 
     llvm_ir: str
     name: str
     params: tuple[str, ...]
+    stops: bool = False
+    searches: bool = False
 
 
-def lower_module(ttir: str, target: CpuTarget) -> Lowered:
+def lower_module(ttir: str, target: CpuTarget, check: bool = False) -> Lowered:
     """Lowers TTIR text, with or without debug locations, to LLVM IR.
+
+    Args:
+        check: test every access to memory (checked mode).
 
     Raises:
         UnsupportedOp: the kernel uses an operation that this backend cannot run.
@@ -66,8 +77,15 @@ def lower_module(ttir: str, target: CpuTarget) -> Lowered:
     ctx.b.open("program")
     _bind_program(ctx)
     _bind_params(ctx, function)
+    stops = check or any(op.name == "tt.assert" for op in walk(function.blocks))
+    if stops:
+        bind_table(ctx, len(function.params))
+    if check:
+        ctx.checks = Checks(ctx, Origins(function))
     lower_blocks(ctx, function.blocks, lower_block)
-    return Lowered(_module_text(ctx, function), function.name, tuple(_spelling(p.elem) for p in function.params))
+    searches = ctx.checks is not None and ctx.checks.searches
+    params = tuple(_spelling(p.elem) for p in function.params)
+    return Lowered(_module_text(ctx, function), function.name, params, stops, searches)
 
 
 def _spelling(elem: Elem) -> str:
@@ -123,6 +141,7 @@ def _module_text(ctx: Context, function: Function) -> str:
         *program.lines,
         "  %next_program = add i64 %program_id, 1",
         "  br label %programs",
+        *b.exits,
         "exit:",
         *b.frees,
         # Tiles that stay in use would make every later switch of threads save and restore 8 KB.
@@ -223,10 +242,6 @@ def _region(ctx: Context, op: Op) -> None:
     lower_blocks(ctx, op.regions[0], lower_block, op.results)
 
 
-def _assert(ctx: Context, op: Op) -> None:
-    raise ctx.unsupported(op, "a kernel on the CPU has no way to stop all others", "compile without debug=True")
-
-
 def _nothing(ctx: Context, op: Op) -> None:
     """Hints and barriers: the threads of a program are one."""
 
@@ -245,7 +260,7 @@ EAGER: dict[str, Callable[[Context, Op], None]] = {
     "tt.dot": lower_dot,
     **EAGER_ELEMENTS,
     "tt.print": lower_print,
-    "tt.assert": _assert,
+    "tt.assert": lower_assert,
     "arith.constant": _constant,
     "ub.poison": _constant,
     "tt.get_program_id": _program_id,

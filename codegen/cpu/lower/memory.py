@@ -24,6 +24,8 @@ def lazy_load(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
                 return lanes[2] if len(lanes) > 2 else Uniform(value.elem, zero_literal(value.elem))
     other = lanes[2] if len(lanes) > 2 else None
     floor = max(ctx.levels[value], ctx.relies)
+    if ctx.checks is not None:
+        ctx.checks.access(op, pointer, mask, floor, "load")
     return load_lanes(ctx.b, pointer, value.elem, floor, mask, other)
 
 
@@ -38,7 +40,10 @@ def lazy_load_scalar(ctx: Context, op: Op) -> Uniform:
     refs = [ctx.scalar(operand) for operand in op.operands]
     mask = Mask(1, uniform=refs[1]) if len(refs) > 1 and refs[1] != "true" else None
     other = Uniform(op.result.elem, refs[2]) if len(refs) > 2 else None
-    lane = load_lanes(ctx.b, Uniform(op.operands[0].elem, refs[0]), op.result.elem, ctx.b.depth, mask, other)
+    pointer = Uniform(op.operands[0].elem, refs[0])
+    if ctx.checks is not None:
+        ctx.checks.access(op, pointer, mask, ctx.b.depth, "load")
+    lane = load_lanes(ctx.b, pointer, op.result.elem, ctx.b.depth, mask, other)
     assert isinstance(lane, Uniform)
     return lane
 
@@ -56,14 +61,16 @@ def lower_store(ctx: Context, op: Op) -> None:
     def body(point: Point, full: bool) -> None:
         assume(ctx, parts, point, full, axis)
         flags = ctx.simplify(ctx.value(mask, point)) if mask is not None else Uniform(I1, "true")
-        _store_at(ctx, ctx.value(pointer, point), ctx.value(value, point), flags)
+        _store_at(ctx, op, ctx.value(pointer, point), ctx.value(value, point), flags)
 
     nest(ctx, pointer.shape, axis, body, bounds_of(ctx, parts))
 
 
-def _store_at(ctx: Context, pointer: Lane, lane: Lane, flags: Lane) -> None:
+def _store_at(ctx: Context, op: Op, pointer: Lane, lane: Lane, flags: Lane) -> None:
     width = width_of(pointer, lane, flags)
     mask = ctx.b.mask(flags, width)
+    if ctx.checks is not None:
+        ctx.checks.access(op, pointer, mask, ctx.b.depth, "store")
     if mask.uniform is not None and mask.bound is None and mask.vector is None:
 
         def write() -> list[str]:
@@ -78,7 +85,7 @@ def _store_at(ctx: Context, pointer: Lane, lane: Lane, flags: Lane) -> None:
 def _scalar_store(ctx: Context, op: Op) -> None:
     refs = [ctx.scalar(operand) for operand in op.operands]
     flags = Uniform(I1, refs[2]) if len(refs) > 2 else Uniform(I1, "true")
-    _store_at(ctx, Uniform(op.operands[0].elem, refs[0]), Uniform(op.operands[1].elem, refs[1]), flags)
+    _store_at(ctx, op, Uniform(op.operands[0].elem, refs[0]), Uniform(op.operands[1].elem, refs[1]), flags)
 
 
 LAZY["tt.load"] = lazy_load

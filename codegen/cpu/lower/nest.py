@@ -216,7 +216,8 @@ def _bounded_vectors(ctx: Context, shape: Sequence[int], axis: int, bound: str, 
         return []
 
     def rest() -> list[str]:
-        body(_at(point, axis, lanes_at(ctx, shape, axis, whole)), False)
+        # Where there is no such vector, its lanes are beyond the tile, whatever the mask says there.
+        body(_at(point, axis, lanes_at(ctx, shape, axis, b.local(whole))), False)
         return []
 
     whole = str(int(bound) // width * width) if is_const(bound) else b.emit(f"and i32 {bound}, {-width}")

@@ -1,6 +1,6 @@
 """Operands of ``tt.dot`` as matrices in memory: where they are when their memory allows it, else in scratch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Shifted
@@ -74,6 +74,10 @@ def grouped_tile_of(ctx: Context, value: Value) -> Tile | None:
         return None
     if len(load.operands) > 1 and _all_true(ctx, load.operands[1]) != "true":
         return None
+    if ctx.checks is not None:
+        if not ctx.checks.can_test_tile(load):
+            return None
+        ctx.checks.tile(load, *strides)
     return Tile(strides[0], strides[1][0], False, value.elem, grouped=True)
 
 
@@ -132,14 +136,23 @@ def _in_place(ctx: Context, op: Op) -> Tile | None:
         flags.append(_all_true(ctx, op.operands[1]))
     with unwrapping(ctx, kept_in_range):
         strides = _strides(ctx, pointer)
-    if strides is None or None in flags:
+    if strides is None or None in flags or (ctx.checks is not None and not ctx.checks.can_test_tile(op)):
         return None
     base, (row, column) = strides
     if "1" not in (row, column):
         return None
     in_place = Tile(base, row if column == "1" else column, column != "1", op.result.elem)
     complete = _both(ctx, [flag for flag in flags if flag is not None])
-    return in_place if complete == "true" else _chosen(ctx, op.result, in_place, complete)
+
+    def stay() -> Sequence[str]:
+        if ctx.checks is not None:
+            ctx.checks.tile(op, base, (row, column))
+        return [in_place.ptr, in_place.stride]
+
+    if complete == "true":
+        stay()
+        return in_place
+    return _chosen(ctx, op.result, in_place, complete, stay)
 
 
 def _changes_nothing(ctx: Context, wrap: Value) -> str | None:
@@ -165,7 +178,8 @@ def _changes_nothing(ctx: Context, wrap: Value) -> str | None:
     return _both(ctx, [above, below, positive])
 
 
-def _chosen(ctx: Context, value: Value, in_place: Tile, complete: str) -> Tile:
+def _chosen(ctx: Context, value: Value, in_place: Tile, complete: str, stay: Callable[[], Sequence[str]]) -> Tile:
+    """The tile where it is, as ``stay`` gives it, if its mask turns out complete; else a copy in scratch memory."""
     rows, columns = value.shape
     moved = (columns, rows) if in_place.transposed else (rows, columns)
     scratch = ctx.new_buffer(Type(value.elem, moved), value.op)
@@ -180,7 +194,7 @@ def _chosen(ctx: Context, value: Value, in_place: Tile, complete: str) -> Tile:
         nest(ctx, value.shape, axis, body)
         return [scratch.ptr, str(moved[1])]
 
-    ptr, stride = ctx.b.branch(complete, lambda: [in_place.ptr, in_place.stride], copy, ["ptr", "i64"])
+    ptr, stride = ctx.b.branch(complete, stay, copy, ["ptr", "i64"])
     return Tile(ptr, stride, in_place.transposed, value.elem)
 
 

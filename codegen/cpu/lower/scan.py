@@ -106,8 +106,8 @@ class _Scan:
         distance = 1
         while distance < width:
             shifted = [self._shift(lane, width, distance) for lane in current]
-            combined = combine(self.ctx, self.block, shifted, current)
-            keep = self._first_lanes(width, distance)
+            keep, change = (self._first_lanes(width, distance, first) for first in (True, False))
+            combined = combine(self.ctx, self.block, shifted, current, change)
             current = [
                 as_vector(self.ctx, select(self.ctx.b, keep, old, new), width)
                 for old, new in zip(current, combined, strict=True)
@@ -115,8 +115,9 @@ class _Scan:
             distance *= 2
         return current
 
-    def _first_lanes(self, width: int, distance: int) -> Lane:
-        flags = ["true" if lane < distance else "false" for lane in range(width)]
+    def _first_lanes(self, width: int, distance: int, first: bool) -> Mask:
+        """The lanes that a step leaves alone, or the others."""
+        flags = ["true" if (lane < distance) == first else "false" for lane in range(width)]
         ordered = reversed(flags) if self.reverse else flags
         return Mask(width, vector="<" + ", ".join(f"i1 {flag}" for flag in ordered) + ">")
 

@@ -40,11 +40,12 @@ def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, prog
 
     Args:
         gm: the graph.
-        opt_level: how long to measure; below 2, or with the setting ``tune`` off, nothing is measured.
+        opt_level: how long to measure; below 2, with the setting ``tune`` off, or in checked mode, in which kernels
+            take longer, nothing is measured.
         compile_one: compiles a graph with one GEMM variant alone and returns what runs it.
         progress: called before each problem with (number done, number in all, name).
     """
-    if opt_level not in _EFFORT or not settings.get("tune"):
+    if opt_level not in _EFFORT or not settings.get("tune") or settings.get_once("check"):
         return Measurements()
     regions = [node for node in gm.graph.nodes if (fact := find_fact(node, Region)) and fact.anchor is Anchor.GEMM]
     bodies = [gm.get_submodule(str(node.target)) for node in regions]

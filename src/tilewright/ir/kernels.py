@@ -44,9 +44,11 @@ class BuiltKernel:
         address: entry point of the native code on the CPU, in the kernel ABI of ``docs/kernels.md``.
         params: runtime parameters in the order of the argument slots.
         keepalive: owner of the code; the address is valid while it lives.
+        stops: built in checked mode: it has one more slot, the address of a ``tilewright.ir.stops.MemoryTable``.
     """
 
     source: KernelSource
     address: int
     params: tuple[str, ...]
     keepalive: Any = field(repr=False, compare=False)
+    stops: bool = False
