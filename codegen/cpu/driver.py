@@ -71,6 +71,10 @@ class CpuDriver(DriverBase):
 
     def get_current_target(self) -> GPUTarget:
         """The target of the compiler; a program of a kernel is one thread, so the warp size is 1."""
+        # Triton asks for it before it looks a kernel up in its cache.
+        from tilewright.codegen.cpu import front_end_key
+
+        front_end_key.remember()
         return GPUTarget("cpu", CpuTarget.native().key, 1)
 
     def get_current_device(self) -> int:

@@ -3,6 +3,7 @@
 import ctypes
 import dataclasses
 import gc
+import inspect
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton.runtime import cache as triton_cache
 
 from tilewright import settings
 from tilewright.codegen.cpu import build as build_module
-from tilewright.codegen.cpu import launch, store
+from tilewright.codegen.cpu import front_end_key, launch, store
 from tilewright.codegen.cpu.build import build, kernel_key
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import CacheError, CodegenError
@@ -244,3 +246,29 @@ def test_altered_content_is_refused() -> None:
     assert store.unseal(sealed, where="here") == b"machine code"
     with pytest.raises(CacheError, match="here"):
         store.unseal(sealed[:-1] + b"X", where="here")
+
+
+def test_the_digest_of_triton_is_kept_until_a_file_changes(tmp_path: Path) -> None:
+    package = tmp_path / "triton"
+    calls: list[int] = []
+    for name in ("runtime/cache.py", "language/core.py", "_C/libtriton.so"):
+        (package / name).parent.mkdir(parents=True)
+        (package / name).write_text("x")
+
+    def digest() -> str:
+        calls.append(1)
+        return f"digest {len(calls)}"
+
+    with settings.scope(cache_dir=str(tmp_path / "cache")):
+        assert [front_end_key.remembering(digest, package)() for _ in range(3)] == ["digest 1"] * 3
+        (package / "language/core.py").write_text("xy")
+        assert front_end_key.remembering(digest, package)() == "digest 2"
+        (package / "language/new.py").write_text("")
+        assert front_end_key.remembering(digest, package)() == "digest 3"
+        os.utime(package / "_C/libtriton.so", ns=(1, 1))
+        assert front_end_key.remembering(digest, package)() == "digest 4"
+
+
+def test_the_remembered_digest_is_tritons() -> None:
+    front_end_key.remember()
+    assert triton_cache.triton_key() == inspect.unwrap(triton_cache.triton_key)()
