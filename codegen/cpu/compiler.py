@@ -90,8 +90,7 @@ class CpuBackend(BaseBackend):
         """Picks the known options; an unknown one is reported by Triton against the kernel's parameters."""
         known = {field.name for field in fields(CpuOptions)} - {"arch", "backend_name"}
         values = {name: value for name, value in options.items() if name in known and value is not None}
-        # Triton hands options back after a round trip through JSON, which has no tuples.
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        values = {name: _frozen(value) for name, value in values.items()}
         values.setdefault("check", settings.get_once("check"))
         return CpuOptions(**values, arch=self._cpu_target().key)
 
@@ -165,6 +164,13 @@ def _or_codegen_error(kernel: str, step: str, run: Callable[[], T]) -> T:
             why=f"{type(error).__name__}: {error}"[:2000],
             hint="a report with this kernel helps us mend it; meanwhile simplify it, or run it on a GPU",
         ) from error
+
+
+def _frozen(value: Any) -> Any:
+    """An option as it is kept: Triton hands options back after a round trip through JSON, which has no tuples."""
+    if isinstance(value, dict):
+        return tuple(value.items())
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
 
 
 def optimize_ttir(module: Any) -> Any:

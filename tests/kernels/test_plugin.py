@@ -301,6 +301,9 @@ def test_options_are_hashable_and_keyed_by_the_target() -> None:
     assert options[0] == backends[0].parse_options({"num_warps": 8})
     assert hash(options[0]) == hash(backends[0].parse_options({"num_warps": 8}))
     assert options[0].hash() != backends[0].parse_options({"num_warps": 4}).hash()
+    named = [backends[0].parse_options({"extern_libs": libs}) for libs in ({"m": "libm.bc"}, [["m", "libm.bc"]])]
+    assert named[0] == named[1]
+    assert hash(named[0]) == hash(named[1])
 
 
 def test_gluon_kernels_are_refused() -> None:
