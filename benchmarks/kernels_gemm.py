@@ -35,7 +35,7 @@ def linear_gelu(
     acc = tl.zeros([BM, BN], ACC)
     for k in range(0, K, BK):
         ks = k + tl.arange(0, BK)
-        x = tl.load(x_ptr + rows[:, None] * K + ks[None, :], mask=rows[:, None] < M, other=0)
+        x = tl.load(x_ptr + rows[:, None] * K + ks[None, :], mask=rows[:, None] < M)
         if GROUP == 0:
             w = tl.load(w_ptr + cols[:, None] * K + ks[None, :]).T
         elif GROUP == 1:

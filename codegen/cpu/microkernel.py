@@ -35,6 +35,8 @@ class TileDot:
         zero_init: the accumulator starts at zero and its old contents are not read.
         b_apart: rows of a "kn" B are far apart in memory. Each panel is copied together before it is used, so that it
             stays in the first-level cache, few sets of which hold rows that are a multiple of a page apart.
+        ragged: only the first rows of the sums are wanted, their number is one more parameter. The others keep what
+            they hold, or get it added to as well.
     """
 
     m: int
@@ -47,6 +49,7 @@ class TileDot:
     a_layout: str = "mk"
     zero_init: bool = False
     b_apart: bool = False
+    ragged: bool = False
 
     @property
     def symbol(self) -> str:
@@ -87,7 +90,7 @@ def tile_dot(spec: TileDot, target: CpuTarget) -> str:
 
     The function is ``internal`` and has the parameters ``(ptr noalias acc, ptr a, i64 a_stride, ptr b,
     i64 b_stride)``: ``acc`` is row-major and contiguous, aligned to 64 bytes; ``a`` and ``b`` need the alignment of
-    their elements; strides count elements.
+    their elements; strides count elements. Where the spec is ragged ``i64 rows`` follows, at least 1.
 
     Raises:
         CodegenError: the dtypes or the layout of B do not fit one another or the target.
@@ -95,12 +98,15 @@ def tile_dot(spec: TileDot, target: CpuTarget) -> str:
     ir = IrText()
     shape = spec.tile_shape(target)
     if shape is not None:
-        AmxDot(spec.m, spec.n, spec.k, spec.a_dtype, shape, spec.zero_init, spec.a_layout == "km").write(ir, target)
+        dot = AmxDot(spec.m, spec.n, spec.k, spec.a_dtype, shape, spec.zero_init, spec.a_layout == "km", spec.ragged)
+        dot.write(ir, target)
     else:
         step = _step(spec, target)
         a = _prepare_a(ir, spec, step, target)
         _emit_tiles(ir, spec, step, a, target)
     signature = "ptr noalias %acc, ptr readonly %a, i64 %a_stride, ptr readonly %b, i64 %b_stride"
+    if spec.ragged:
+        signature += ", i64 %rows"
     return f"define internal void @{spec.symbol}({signature}) noinline nounwind {{\n{ir.text()}\n}}\n"
 
 
@@ -191,7 +197,11 @@ def _emit_panel(ir: IrText, spec: TileDot, step: Step, rows: int, acc: str, a: _
         _emit_block(ir, spec, step, count, ir.at(acc, ir.mul(row, acc_row)), part, columns, surplus)
 
     full = spec.m // rows * rows
-    ir.each(full, rows, lambda row: block(row, rows))
+    if spec.ragged and full > rows:
+        limit = ir.op(f"call i64 @llvm.smin.i64(i64 %rows, i64 {full})")
+        ir.each_below(limit, rows, lambda row: block(row, rows))
+    else:
+        ir.each(full, rows, lambda row: block(row, rows))
     if full < spec.m:
         block(str(full), spec.m - full)
 

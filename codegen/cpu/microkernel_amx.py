@@ -87,6 +87,7 @@ class AmxDot:
         shape: what ``tile_shape`` gives for them.
         zero_init: the sums start at zero.
         a_turned: A has M contiguous, and is turned on the stack first.
+        ragged: only the first ``%rows`` rows of the sums are wanted.
     """
 
     m: int
@@ -96,6 +97,7 @@ class AmxDot:
     shape: TileShape
     zero_init: bool
     a_turned: bool
+    ragged: bool
 
     def write(self, ir: IrText, target: CpuTarget) -> None:
         """Adds ``%a @ %b`` to ``%acc``; the parameters are those of ``microkernel.tile_dot``."""
@@ -128,7 +130,10 @@ class AmxDot:
             place = ir.at(acc, ir.mul(row, row_bytes))
             self._block(ir, (rows, columns), place, (ir.at(a[0], ir.mul(row, a[1])), a[1]), b)
 
-        _pairs(ir, self.m, self.shape.m, block)
+        if self.ragged and self.m % (2 * self.shape.m) == 0:
+            ir.each_below("%rows", 2 * self.shape.m, lambda row: block(row, 2))
+        else:
+            _pairs(ir, self.m, self.shape.m, block)
 
     def _block(self, ir: IrText, tiles: tuple[int, int], acc: str, a: tuple[str, str], b: tuple[str, str]) -> None:
         """The sums of up to 2 x 2 tiles, in registers over the k loop."""

@@ -131,6 +131,19 @@ class IrText:
 
         self.loop(end, carrying_none, step=step)
 
+    def each_below(self, limit: str, step: int, body: Callable[[str], None]) -> None:
+        """Loop over 0, step, 2 * step, ... below an i64 that is known when the code runs, and positive."""
+        before, label, done = self._block, self._fresh("loop")[1:], self._fresh("done")[1:]
+        self.do(f"br label %{label}")
+        self._enter(label)
+        index, following = self._fresh("i"), self._fresh("v")
+        place = len(self._lines)
+        body(index)
+        self.do(f"{following} = add nuw nsw i64 {index}, {step}")
+        self._lines.insert(place, f"  {index} = phi i64 [ 0, %{before} ], [ {following}, %{self._block} ]")
+        self.do(f"br i1 {self.op(f'icmp slt i64 {following}, {limit}')}, label %{label}, label %{done}")
+        self._enter(done)
+
     def text(self) -> str:
         """Everything written so far, with a closing ``ret void``."""
         return "\n".join([*self._lines, "  ret void"])

@@ -88,6 +88,31 @@ def test_odd_sizes(features, dtype, sizes):
 
 
 @triton.jit
+def masked_rows(a_ptr, b_ptr, start_ptr, out_ptr, M, K, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr):
+    rows, cols = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, N)
+    acc = tl.load(start_ptr + rows[:, None] * N + cols[None, :])
+    for k in range(0, K, BK):
+        ks = k + tl.arange(0, BK)
+        a = tl.load(a_ptr + rows[:, None] * K + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K))
+        b = tl.load(b_ptr + ks[:, None] * N + cols[None, :], mask=ks[:, None] < K, other=0)
+        acc = tl.dot(a, b, acc, out_dtype=acc.dtype)
+    tl.store(out_ptr + rows[:, None] * N + cols[None, :], acc)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (16, 64), (49, 70), (64, 64), (67, 128)])
+def test_rows_that_are_masked_off_add_nothing(features, dtype, m, k):
+    a, b = operand(m, k, dtype, False), operand(k, 32, dtype, False)
+    start = torch.randn(128, 32).to(torch.int32 if dtype == torch.int8 else torch.float32)
+    out = torch.empty_like(start)
+    with_features(masked_rows, features)((2,), a, b, start, out, m, k, N=32, BM=64, BK=64)
+    exact = start.double()
+    exact[:m] += a.double() @ b.double()
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
 def grouped(x_ptr, w_ptr, out_ptr, K, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, G: tl.constexpr):
     rows, cols, acc = tl.arange(0, BM), tl.arange(0, N), tl.zeros([BM, N], out_ptr.dtype.element_ty)
     for k in range(0, K, BK):

@@ -1,6 +1,7 @@
 """Dot micro-kernels, compiled with llvmlite and called by ctypes, against products in higher precision."""
 
 import ctypes
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -63,21 +64,23 @@ def compiled(text: str, symbol: str, arguments: list[type], target: CpuTarget) -
     return ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(symbol))
 
 
-def multiply(spec: TileDot, target: CpuTarget, acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def multiply(
+    spec: TileDot, target: CpuTarget, acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor, rows: int | None = None
+) -> None:
     text = tile_dot(spec, target)
     shape = spec.tile_shape(target)
     symbol = spec.symbol
     if shape is not None:
         symbol = "on_tiles"
         text += f"""{shape.definition()}
-        define void @{symbol}(ptr %acc, ptr %a, i64 %a_stride, ptr %b, i64 %b_stride) {{
+        define void @{symbol}(ptr %acc, ptr %a, i64 %a_stride, ptr %b, i64 %b_stride, i64 %rows) {{
           {shape.load_shape()}
-          call void @{spec.symbol}(ptr %acc, ptr %a, i64 %a_stride, ptr %b, i64 %b_stride)
+          call void @{spec.symbol}(ptr %acc, ptr %a, i64 %a_stride, ptr %b, i64 %b_stride{", i64 %rows" * spec.ragged})
           {RELEASE}
           ret void
         }}"""
-    function = compiled(text, symbol, [_POINTER, _POINTER, _INT, _POINTER, _INT], target)
-    function(acc.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0))
+    function = compiled(text, symbol, [_POINTER, _POINTER, _INT, _POINTER, _INT, _INT], target)
+    function(acc.data_ptr(), a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), rows or 0)
 
 
 def pack(spec: PackB, target: CpuTarget, source: torch.Tensor) -> torch.Tensor:
@@ -218,6 +221,26 @@ def test_tile_registers_are_used_where_all_tiles_have_one_shape():
     spec = TileDot(32, 32, 64, "bf16", "bf16", "f32", "vnni")
     module, machine = optimized(tile_dot(spec, amx).replace("define internal", "define"), amx)
     assert machine.emit_assembly(module).count("tdpbf16ps") == 4
+
+
+@pytest.mark.parametrize("target", X86_TARGETS)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "i8"])
+@pytest.mark.parametrize("b_apart", [False, True])
+def test_ragged_products_have_the_wanted_rows(target, dtype, b_apart):
+    named = CpuTarget.named(target)
+    m, n, k = 96, 48, 64
+    form = packed_form(dtype, k, named)
+    kinds = _DTYPES[dtype], _DTYPES["i32" if dtype == "i8" else "f32"]
+    for rows in (1, 33, 64, 96):
+        a, b, acc = tile(m, k, kinds[0]), tile(k, n, kinds[0]), aligned(m, n, kinds[1])
+        before = acc.clone()
+        packed = pack(PackB(k, n, dtype, "kn", *form), named, b)
+        spec = TileDot(m, n, k, dtype, form[0], "i32" if dtype == "i8" else "f32", form[1], ragged=True)
+        spec = dataclasses.replace(spec, b_apart=b_apart and form[1] == "kn")
+        multiply(spec, named, acc, a, packed, rows)
+        exact = (before.double() + a.double() @ b.double())[:rows]
+        assert acc[-1].equal(before[-1]) or rows == m
+        torch.testing.assert_close(acc[:rows].double(), exact, rtol=1e-5, atol=1e-3)
 
 
 def test_what_the_target_cannot_multiply_is_refused():

@@ -123,11 +123,18 @@ def _multiply(ctx: Context, op: Op, left: Tile, right: Tile, acc: str, zero: boo
     spec = _spec(op, left.elem, ctx.target, zero)
     apart = b_ptr == right.ptr and b_layout == "kn" and _far_apart(b_stride, n, spec)
     spec = replace(spec, a_layout="km" if left.transposed else "mk", b_apart=apart)
+    # The sums of rows that are undefined stay what they were, as if zeros had been loaded. They are not left undefined
+    # themselves: kernels multiply them with zeros later.
+    if left.rows is not None and not zero:
+        spec = replace(spec, ragged=True)
     ctx.functions.setdefault(spec.symbol, tile_dot(spec, ctx.target))
     shape = spec.tile_shape(ctx.target)
     if shape is not None and len(ctx.tile_shapes) > 1:
         ctx.b.effect(shape.load_shape())
-    ctx.b.effect(f"call void @{spec.symbol}(ptr {acc}, ptr {left.ptr}, i64 {left.stride}, ptr {b_ptr}, i64 {b_stride})")
+    arguments = f"ptr {acc}, ptr {left.ptr}, i64 {left.stride}, ptr {b_ptr}, i64 {b_stride}"
+    if spec.ragged:
+        arguments += f", i64 {left.rows}"
+    ctx.b.effect(f"call void @{spec.symbol}({arguments})")
 
 
 def _far_apart(stride: str, n: int, spec: TileDot) -> bool:

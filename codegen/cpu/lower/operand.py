@@ -1,7 +1,7 @@
 """Operands of ``tt.dot`` as matrices in memory: where they are when their memory allows it, else in scratch."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Shifted
 from tilewright.codegen.cpu.lower.convert import cast
@@ -9,6 +9,7 @@ from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Point, Unifor
 from tilewright.codegen.cpu.lower.nest import (
     best_axis,
     bounded,
+    bounds_of,
     expression,
     index_like,
     leaf_pointers,
@@ -31,6 +32,7 @@ class Tile:
         elem: element type.
         grouped: groups of rows that fill 32 bits are interleaved, ``[rows / group][columns][group]``; the stride is
             that between groups.
+        rows: i64 number of the rows that a mask lets through, where the others are undefined; None if all are defined.
     """
 
     ptr: str
@@ -38,6 +40,7 @@ class Tile:
     transposed: bool
     elem: Elem
     grouped: bool = False
+    rows: str | None = None
 
     def turned(self) -> "Tile":
         return Tile(self.ptr, self.stride, not self.transposed, self.elem)
@@ -149,10 +152,21 @@ def _in_place(ctx: Context, op: Op) -> Tile | None:
             ctx.checks.tile(op, base, (row, column))
         return [in_place.ptr, in_place.stride]
 
+    rows = _defined_rows(ctx, op)
     if complete == "true":
         stay()
-        return in_place
-    return _chosen(ctx, op.result, in_place, complete, stay)
+        return replace(in_place, rows=rows)
+    return replace(_chosen(ctx, op.result, in_place, complete, stay), rows=rows)
+
+
+def _defined_rows(ctx: Context, op: Op) -> str | None:
+    """Rows before the bound of a mask without ``other``, at least 1: what is loaded behind them is undefined."""
+    if len(op.operands) != 2:
+        return None
+    bound = bounds_of(ctx, bounded(ctx, op.operands[1])).get(0)
+    if bound is None:
+        return None
+    return ctx.b.widen_index(ctx.b.int_max(bound, "1"), I32)
 
 
 def _changes_nothing(ctx: Context, wrap: Value) -> str | None:
