@@ -262,3 +262,25 @@ def test_libdevice(dtype: torch.dtype) -> None:
     d = x.double()
     expected = torch.cat([d.tanh(), d.abs() ** d, torch.atan2(d, d + 2), (d * 4).round()])
     torch.testing.assert_close(out.double(), expected, rtol=4e-7 if dtype == torch.float32 else 1e-14, atol=1e-7)
+
+
+@triton.jit
+def two_strides_kernel(x_ptr, out_ptr, sum_ptr, row_stride, n, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    # Quotients and remainders of 64 bits are kept in tiles, and the mask allows a vector behind the tile's end.
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    at = (offsets // COLUMNS) * row_stride + offsets % COLUMNS
+    x = tl.load(x_ptr + at, mask=mask, other=0.0)
+    tl.store(out_ptr + at, tl.exp(x) + tl.sqrt(tl.abs(x)), mask=mask)
+    tl.store(sum_ptr + tl.program_id(0), tl.sum(tl.load(x_ptr + at, mask=mask, other=0.0), 0))
+
+
+@pytest.mark.parametrize("n", [64, 1024, 1000])
+def test_indices_in_tiles_are_read_inside_the_tile(n: int) -> None:
+    x = torch.randn(n // 8, 32, dtype=torch.float64)
+    out, sums = torch.zeros_like(x), torch.empty(triton.cdiv(n, 64), dtype=torch.float64)
+    two_strides_kernel[(triton.cdiv(n, 64),)](x, out, sums, 32, n, 8, 64)
+    part = x[:, :8]
+    torch.testing.assert_close(out[:, :8], part.exp() + part.abs().sqrt())
+    padded = torch.nn.functional.pad(part.flatten(), (0, -n % 64))
+    torch.testing.assert_close(sums, padded.reshape(-1, 64).sum(1))
