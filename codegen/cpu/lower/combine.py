@@ -70,8 +70,8 @@ def horizontal_rows(ctx: Context, block: Block, rows: Sequence[Sequence[Lane]], 
         current = [_halved(ctx, block, first, second, width) for first, second in pairs]
     lanes = current[0]
     for size in _halvings(width, len(rows)):
-        halves = [[_every_second(ctx, lane, size, half) for lane in lanes] for half in range(2)]
-        lanes = [as_vector(ctx, lane, size // 2) for lane in combine(ctx, block, *halves)]
+        even, odd = ([_every_second(ctx, lane, size, half) for lane in lanes] for half in range(2))
+        lanes = [as_vector(ctx, lane, size // 2) for lane in combine(ctx, block, even, odd)]
     return lanes
 
 
@@ -90,4 +90,4 @@ def _halved(ctx: Context, block: Block, first: Sequence[Lane], second: Sequence[
             pair = f"{type_} {ref_of(left)}, {type_} {ref_of(right)}"
             out = ctx.b.emit(f"shufflevector {pair}, <{width} x i32> <{picks}>")
             halves[half].append(Vector(left.elem, out, width))
-    return [as_vector(ctx, lane, width) for lane in combine(ctx, block, *halves)]
+    return [as_vector(ctx, lane, width) for lane in combine(ctx, block, halves[0], halves[1])]

@@ -96,8 +96,7 @@ def drop(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
         pair = [_source(ctx, op, Affine(I32, base, 1, width)) for base in (start, second)]
         picks = [(lane & -distance) * 2 + (lane & (distance - 1)) + half * distance for lane in range(width)]
         return _shuffled(ctx, pair, picks, width)
-    high = _numbers(ctx, "shl", _numbers(ctx, "and", index, -distance), 1)
-    parts = _numbers(ctx, "and", index, distance - 1), high
+    parts = _numbers(ctx, "and", index, distance - 1), _numbers(ctx, "shl", _numbers(ctx, "and", index, -distance), 1)
     if width:
         total: Lane = Vector(I32, ctx.b.emit(_add_text(ctx, parts, width)), width)
     else:
