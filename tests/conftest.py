@@ -13,6 +13,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+from tilewright import settings
+
+# Folders whose kernels run in checked mode: an access outside of a tensor fails its test. TILEWRIGHT_CHECK=1 checks
+# the others too, TILEWRIGHT_CHECK=0 checks none.
+CHECKED = ("kernels", "codegen")
+TESTS = Path(__file__).parent
+
 os.environ["TILEWRIGHT_VERIFY"] = "1"
 os.environ["TILEWRIGHT_TUNE"] = "0"  # the same kernels in every run; tests of tuning turn it on
 
@@ -32,6 +39,16 @@ def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["TILEWRIGHT_CACHE_DIR"] = str(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder / "triton")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def checked_mode(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On in the folders that ask for it, for the thread that runs a test."""
+    if request.path.relative_to(TESTS).parts[0] in CHECKED and os.environ.get("TILEWRIGHT_CHECK") != "0":
+        with settings.scope(check=True):
+            yield
+    else:
+        yield
 
 
 @contextmanager

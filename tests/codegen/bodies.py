@@ -16,6 +16,9 @@ from tilewright.ir.facts import Origin, TensorType, fact, set_fact
 from tilewright.ir.program import KernelStep, Pointer, Scalar, Storage, VendorLinear, View
 from tilewright.ir.regions import Anchor, Region
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size, contiguous_strides
+from tilewright.ir.stop_errors import Memory as Block
+from tilewright.ir.stop_errors import stop_error
+from tilewright.ir.stops import MemoryTable, StopRecord
 
 SYMBOLS = (BATCH, SEQ, TOKENS)
 # Shapes are inferred on the meta device with a prime for each symbol, and the primes are read back from the result.
@@ -132,6 +135,12 @@ class Memory:
         tensor = self.tensors[view.value]
         return tensor.data_ptr() + concrete(view.offset, self.sizes) * tensor.element_size()
 
+    def block(self, name: str, view: View) -> Block:
+        """The memory that an argument ``name`` with this view may touch."""
+        tensor = self.tensors[view.value]
+        storage = tensor.untyped_storage()
+        return Block(name, storage.data_ptr(), storage.nbytes(), tensor.element_size(), f"value {view.value}")
+
     def tensor(self, view: View) -> torch.Tensor:
         """A view as a tensor."""
         shape = [concrete(s, self.sizes) for s in view.shape]
@@ -152,7 +161,7 @@ def lay_out(weight: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def launch(step: KernelStep | VendorLinear, memory: Memory) -> None:
-    """Builds and runs one step, natively."""
+    """Builds and runs one step, natively; in checked mode each argument may touch the storage of its own value."""
     if isinstance(step, VendorLinear):
         bias = None if step.bias is None else memory.tensors[step.bias]
         x, weight = memory.tensor(step.x), memory.tensors[step.weight]
@@ -160,14 +169,22 @@ def launch(step: KernelStep | VendorLinear, memory: Memory) -> None:
         return
     grid = tuple(concrete(size, memory.sizes) for size in step.grid)
     kernel = build(step.kernel)
-    slots = (ctypes.c_int64 * max(1, len(step.args)))()
+    slots = (ctypes.c_int64 * (len(step.args) + 1))()
+    record = StopRecord()
+    table = MemoryTable(record, len(step.args))
+    slots[len(step.args)] = table.address
+    blocks: dict[int, Block] = {}
     for position, argument in enumerate(step.args):
         if isinstance(argument, Pointer):
             slots[position] = memory.address(argument.view)
+            blocks[position] = memory.block(kernel.params[position], argument.view)
+            table.set(position, blocks[position].start, blocks[position].nbytes)
         else:
             assert isinstance(argument, Scalar)
             slots[position] = concrete(argument.value, memory.sizes)
     launcher().run_kernel(kernel.address, ctypes.addressof(slots), *grid, 2)
+    if record.stopped:
+        raise stop_error(record.read(), blocks)
 
 
 def run(

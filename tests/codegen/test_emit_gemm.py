@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tests.codegen.bodies import Body, assert_matches, emit
+from tests.codegen.bodies import Body, assert_matches, emit, run
 
-from tilewright.errors import CodegenError
+from tilewright import settings
+from tilewright.errors import CodegenError, MemoryViolation
 from tilewright.ir.program import KernelStep, VendorLinear
 from tilewright.ir.regions import Anchor
 from tilewright.ir.sizes import TOKENS
@@ -139,3 +140,11 @@ def test_axes_of_one_place(lead: tuple[object, ...], n: int, k: int, variant: st
     x, weight, bias = body.input((*lead, k)), body.input((n, k)), body.input((n,))
     body.last = body.call(aten.gelu.default, body.call(aten.linear.default, x, weight, bias))  # type: ignore[attr-defined]
     check(body, 21, "vendor" if variant == "vendor" else "triton", 2e-6, variant != "triton")
+
+
+def test_an_access_out_of_bounds_is_seen() -> None:
+    body = linear_body(12, 16, torch.float32)
+    gm, tensors = body.module(body.last), operands(body, 5)  # type: ignore[attr-defined]
+    tensors[0] = tensors[0][:4].clone()
+    with settings.scope(check=True), pytest.raises(MemoryViolation, match="reads"):
+        run(gm, tensors, {TOKENS: 5}, Anchor.GEMM)
