@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from kernels.random_kernels import _BITS, _DIGITS, _DTYPES, RandomKernel, Var, Writer, wrapped
+from kernels.random_flow import atomic, branch, loop, loop_in_loop, moved_in_place
+from kernels.random_kernels import _BITS, _DTYPES, RandomKernel, Var, Writer, wrapped
 from torch import Tensor
 
 _INT_KINDS = ("int32", "int32", "int64", "int8", "int16")
@@ -200,7 +201,8 @@ def reduce(w: Writer) -> None:
         w.define(text, a.kind, a.value.sum(dim, keepdim=keep), a.bound * a.shape[axis], a.grain)
     elif name in ("max", "min"):
         function = torch.amax if name == "max" else torch.amin
-        w.define(text, a.kind, function(a.value, dim, keepdim=keep), a.bound, a.grain)
+        kind = "float32" if a.kind == "float16" else a.kind  # as Triton's front end computes it
+        w.define(text, kind, function(a.value, dim, keepdim=keep), a.bound, a.grain)
     elif name == "xor_sum":
         total = a.value.select(dim, 0)
         for place in range(1, a.shape[axis]):
@@ -362,73 +364,11 @@ def dot(w: Writer) -> None:
     w.define(text, out, a.value @ b.value, a.bound * b.bound * k, a.grain + b.grain)
 
 
-def loop(w: Writer) -> None:
-    """A sum over a moving pointer, some steps left out."""
-    shape = tuple(w.base)
-    count = torch.Size(shape).numel()
-    steps = w.rng.randint(0, 5)
-    memory, _, _ = w.random_values("int32", count * max(steps, 1) + w.programs)
-    pointer, trips = w.parameter(memory.int()), w.parameter(steps)
-    acc, place = w.fresh("acc"), w.fresh("p")
-    skip = w.rng.random() < 0.4
-    w.write(f"{acc} = tl.zeros({shape}, tl.int32)")
-    w.write(f"{place} = {pointer} + pid + {w.index(shape, torch.empty(shape).stride())}")
-    if w.rng.random() < 0.3:
-        w.write("i = 0")
-        w.write(f"while i < {trips}:")
-        tail = "i += 1"
-    else:
-        w.write(f"for i in range({w.rng.choice(('0, ', ''))}{trips}):")
-        tail = ""
-    inner = w.indent + "    "
-    update = f"{acc} += tl.load({place}) * (i + 1)"
-    body = [f"if i % 2 == {w.programs % 2}:", f"    {update}"] if skip else [update]
-    w.lines += [inner + line for line in (*body, f"{place} += {count}", *([tail] if tail else []))]
-    total = torch.zeros(w.programs, *shape, dtype=torch.int64)
-    for step in range(steps):
-        if not skip or step % 2 == w.programs % 2:
-            for pid in range(w.programs):
-                start = step * count + pid
-                total[pid] += memory[start : start + count].reshape(shape) * (step + 1)
-    w.vars.append(Var(acc, "int32", wrapped(total, "int32")))
-
-
-def branch(w: Writer) -> None:
-    """A variable changed in some programs only."""
-    a = w.pick(lambda v: v.kind == "int32" and v is not w.pid)
-    if a is None:
-        return
-    w.used.add(a.name)
-    flag = (w.pid.value > 0).reshape(-1, *[1] * len(a.shape))
-    name = w.fresh()
-    if w.rng.random() < 0.5:
-        w.write(f"{name} = twice_or_same({a.name}, pid > 0)")
-        value = torch.where(flag, a.value * 2, a.value)
-    else:
-        w.write(f"{name} = {a.name}")
-        w.write("if pid > 0:")
-        w.write(f"    {name} = {a.name} * 3 - pid")
-        pid = w.pid.value.reshape(-1, *[1] * len(a.shape))
-        value = torch.where(flag, a.value * 3 - pid, a.value)
-    w.vars.append(Var(name, "int32", wrapped(value, "int32")))
-
-
-def atomic(w: Writer) -> None:
-    """All programs add to the same memory."""
-    a = w.pick(lambda v: v.kind in ("int32", "float32") and v.shape != ())
-    if a is None or (a.is_float and a.bound * w.programs * 2.0**a.grain > 2 ** _DIGITS["float32"]):
-        return
-    w.used.add(a.name)
-    total = a.value.sum(0).reshape(-1)
-    total = wrapped(total, a.kind) if a.is_int else total
-    name = w.parameter(torch.zeros(total.shape, dtype=_DTYPES[a.kind]), total.to(_DTYPES[a.kind]))
-    w.write(f"tl.atomic_add({name} + {w.index(a.shape, torch.empty(a.shape).stride())}, {a.name})")
-
-
 OPERATIONS: Sequence[tuple[Callable[[Writer], None], int]] = (
     (load, 4), (gather_load, 1), (float_binary, 5), (int_binary, 4), (int_by_constant, 3), (compare, 2), (logic, 1),
     (where, 2), (cast, 3), (reduce, 3), (scan, 1), (two_scans, 1), (reshape, 2), (join, 1), (broadcast, 1), (sort, 1),
     (gather, 1), (histogram, 1), (dot, 1), (loop, 2), (branch, 1), (atomic, 1),
+    (moved_in_place, 1), (loop_in_loop, 1),
 )  # fmt: skip
 
 

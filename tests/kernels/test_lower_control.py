@@ -207,3 +207,31 @@ def test_nested_loops_with_an_accumulator(n: int, m: int) -> None:
     for i in range(n):
         acc = acc + product * m + acc * i
     torch.testing.assert_close(out.double(), acc, rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
+def kept_kernel(x_ptr, out_ptr, n, steps, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    acc = tl.zeros((N,), tl.int32)
+    for a in range(n):
+        y = x
+        for b in range(steps):
+            y += b + 1
+        if a % 2 == 0:
+            x = x * 2
+        acc += y  # made of the x before
+    tl.store(out_ptr + i, acc)
+    tl.store(out_ptr + N + i, x)
+
+
+@pytest.mark.parametrize(("n", "steps"), [(0, 0), (1, 1), (3, 2), (2, 0)])
+def test_a_tile_changes_after_a_loop_began_with_it(n: int, steps: int) -> None:
+    x = torch.randint(0, 50, (1024,)).int()
+    out = torch.empty(2, 1024).int()
+    kept_kernel[(1,)](x, out, n, steps, N=1024)
+    acc = torch.zeros_like(x)
+    for a in range(n):
+        acc += x + steps * (steps + 1) // 2
+        x = x * 2 if a % 2 == 0 else x
+    assert torch.equal(out, torch.stack([acc, x]))

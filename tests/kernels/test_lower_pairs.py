@@ -161,3 +161,24 @@ def test_reshapes_without_pairs_stay() -> None:
     out = torch.empty(8 * 16, dtype=torch.int32)
     plain_reshape_kernel[(1,)](out, 8, 16)
     assert torch.equal(out.reshape(8, 16), 1 + torch.arange(8)[:, None].int() + torch.arange(16).int() * 3)
+
+
+@triton.jit
+def low_bits_of_xor(a, b):
+    return (a ^ b) & 3
+
+
+@triton.jit
+def almost_swapped_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.reshape(tl.load(x_ptr + i), (N // 2, 2))
+    y = x ^ tl.reduce(x, 1, low_bits_of_xor)[:, None]
+    tl.store(out_ptr + i, tl.reshape(y, (N,)))
+
+
+def test_an_xor_that_is_changed_is_no_swap() -> None:
+    x = torch.randint(0, 1000, (256,)).int()
+    out = torch.empty_like(x)
+    almost_swapped_kernel[(1,)](x, out, N=256)
+    pairs = x.reshape(-1, 2)
+    assert torch.equal(out, (pairs ^ ((pairs[:, :1] ^ pairs[:, 1:]) & 3)).reshape(-1))

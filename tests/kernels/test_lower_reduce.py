@@ -355,3 +355,29 @@ def test_booleans_are_read_and_summed() -> None:
     out = torch.empty(16, dtype=torch.int32)
     reduce_kernel[(1,)](x, out, 0, NAME="sum", M=16, N=128, AXIS=1)
     assert torch.equal(out, x.sum(1, dtype=torch.int32))
+
+
+@triton.jit
+def odd_tail_kernel(x_ptr, byte_ptr, out_ptr, sum_ptr, n, rounds, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i, mask=i < n, other=float("nan"))
+    difference = tl.load(x_ptr + i, mask=i < n, other=float("-inf")) - tl.load(x_ptr + N + i, i < n, float("-inf"))
+    for r in range(rounds):
+        tl.store(out_ptr + 2 * r * N + i, x + r)
+        tl.store(out_ptr + 2 * r * N + N + i, difference + r)
+    tl.store(sum_ptr, tl.sum(tl.load(byte_ptr + i, mask=i < n, other=255).to(tl.int32) + 1, 0))
+    flags = tl.where(i < n, tl.load(byte_ptr + i) > 300, True)
+    tl.store(sum_ptr + 1, tl.sum(flags.to(tl.int32) - 1, 0))
+
+
+@pytest.mark.parametrize("n", [0, 5, 100, 128])
+def test_tails_of_nan_and_of_unsigned_numbers(n: int) -> None:
+    x, data = torch.randn(2, 128), torch.randint(0, 256, (128,), dtype=torch.uint8)
+    out, sums = torch.empty(2, 2, 128), torch.empty(2, dtype=torch.int32)
+    odd_tail_kernel[(1,)](x, data, out, sums, n, 2, N=128)
+    first = x[0].clone()
+    first[n:] = torch.nan
+    expected = torch.stack([first, first - x[1]])
+    torch.testing.assert_close(out, torch.stack([expected, expected + 1]), rtol=0, atol=0, equal_nan=True)
+    data[n:] = 255
+    assert sums.tolist() == [int((data.int() + 1).sum()), -n]

@@ -95,7 +95,7 @@ class _Flow:
         for arg, value in zip(block.args, values, strict=True):
             if not arg.type.is_tensor:
                 ctx.bind(arg, Scalar(ctx.scalar(value)))
-            elif value in ctx.bindings:
+            elif value in ctx.bindings and len(ctx.plan.users[value]) == 1:
                 ctx.bind(arg, ctx.bindings[value])
             else:
                 ctx.bind(arg, materialize(ctx, value))

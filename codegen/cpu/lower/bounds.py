@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.literals import python_value, scalar_literal
 from tilewright.codegen.cpu.lower.nest import Conjunct, bounded, conjuncts, masks_of
-from tilewright.codegen.cpu.lower.ttir import Op, Value
+from tilewright.codegen.cpu.lower.ttir import I1, Op, Value
 
 _NEUTRAL = {
     "arith.addf": 0.0, "arith.addi": 0.0, "arith.ori": 0.0, "arith.xori": 0.0, "arith.mulf": 1.0, "arith.muli": 1.0,
@@ -23,8 +23,9 @@ _BINARY: dict[str, Callable[[float, float], float]] = {
     "arith.mulf": operator.mul, "arith.muli": operator.mul,
 }  # fmt: skip
 _EXACT = 128  # integers up to here are exact in every type
-_SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extf", "arith.truncf", "tt.fp_to_fp", "arith.extsi"}
-_SAME |= {"arith.extui", "arith.sitofp", "arith.uitofp"}
+_SAME = {"tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extf", "arith.truncf", "tt.fp_to_fp"}
+# A constant of unsigned elements is written with a sign, and a signed bit that is set is -1.
+_WIDENED = {"arith.extsi", "arith.extui", "arith.sitofp", "arith.uitofp"}
 
 
 def tail_bound(ctx: Context, value: Value, axis: int, combine: Op) -> Conjunct | None:
@@ -73,7 +74,11 @@ def tail_literal(value: Value, part: Conjunct) -> str | None:
     Numbers that the arithmetic of the proof, done in f64, may have rounded otherwise than the kernel's are refused.
     """
     number = _where_false(value, part.value, {})
-    if number is None or not (math.isinf(number) or (number == int(number) and abs(number) <= _EXACT)):
+    if (
+        number is None
+        or math.isnan(number)
+        or not (math.isinf(number) or (number == int(number) and abs(number) <= _EXACT))
+    ):
         return None
     return scalar_literal(str(number if value.elem.is_float else int(number)), value.elem)
 
@@ -95,6 +100,11 @@ def _of_op(op: Op, value: Value, condition: Value, known: dict[Value, float | No
         return python_value(op.attrs["value"], value.elem)
     if op.name in _SAME:
         return operand(0)
+    if op.name in _WIDENED:
+        number = operand(0)
+        signed = op.name in ("arith.extsi", "arith.sitofp")
+        flag = op.operands[0].elem == I1 and signed
+        return None if number is None or (flag and number) or (not signed and number < 0) else number
     if op.name == "tt.load":
         if len(op.operands) < 2 or not _is_factor(condition, op.operands[1]):
             return None

@@ -243,9 +243,14 @@ def _swapped(op: Op) -> tuple[Value, int] | None:
             continue
         expand = spread.op.operands[0].op
         pair = _expanded_pair(expand) if expand is not None else None
-        if pair is not None and pair.operands == [value] and pair.body().ops[0].name == "arith.xori":
+        if pair is not None and pair.operands == [value] and _is_xor(pair.body()):
             return value, pair.int_attr("axis")
     return None
+
+
+def _is_xor(combine: Block) -> bool:
+    first, *others = combine.ops
+    return first.name == "arith.xori" and set(first.operands) == set(combine.args) and len(others) == 1
 
 
 def _joins_pairs(op: Op | None) -> bool:

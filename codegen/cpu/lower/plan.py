@@ -8,6 +8,7 @@ use could change what it reads.
 
 from collections.abc import Iterable
 
+from tilewright.codegen.cpu.lower.overlap import Overlaps
 from tilewright.codegen.cpu.lower.ttir import Block, Function, Op, Value, walk
 
 # Relative cost of repeating an operation for one vector; anything else is nearly free.
@@ -69,8 +70,9 @@ class Plan:
                 if self._worth_memory(value):
                     self.materialized.add(value)
         self._roots.clear()
+        overlaps = Overlaps(function)
         for op in lazy:
-            if op.name == "tt.load" and self._crosses_effect(op.result):
+            if op.name == "tt.load" and (self._crosses_effect(op.result) or self._is_disturbed(op, overlaps)):
                 self.materialized.add(op.result)
 
     def _number(self, blocks: list[Block], loops: list[Op]) -> None:
@@ -129,6 +131,10 @@ class Plan:
         for root, _ in self.roots(value):
             outer = [loop for loop in self._loops[root] if loop not in around]
             last = max(last, self._last[outer[0]] if outer else self._position[root])
+            if root.name == "scf.for":
+                # A loop that only adds to a tensor keeps the one it began with, and so does its result.
+                results = [root.results[k] for k, init in enumerate(root.operands[3:]) if init is value]
+                last = max(last, self._last[root] if results else -1, *map(self.last_read, results))
         return last
 
     def costly(self, value: Value) -> frozenset[Op]:
@@ -212,6 +218,15 @@ class Plan:
             return False
         start, last = self._position[value.op], self.last_read(value)
         return any(start < effect < last for effect in self._effects)
+
+    def _is_disturbed(self, load: Op, overlaps: Overlaps) -> bool:
+        """Whether a store that evaluates a load as it goes could write what the load has yet to read."""
+        pointer = load.operands[0]
+        varies = len(self.axes(pointer)) == sum(size > 1 for size in pointer.shape)
+        return any(
+            root.name in EFFECTS and overlaps.disturbs(root, load, moved=moved, varies=varies)
+            for root, moved in self.roots(load.result)
+        )
 
 
 def grouped_load(value: Value) -> Op | None:
