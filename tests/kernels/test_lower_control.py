@@ -235,3 +235,26 @@ def test_a_tile_changes_after_a_loop_began_with_it(n: int, steps: int) -> None:
         acc += x + steps * (steps + 1) // 2
         x = x * 2 if a % 2 == 0 else x
     assert torch.equal(out, torch.stack([acc, x]))
+
+
+@triton.jit(noinline=True)
+def twice(n):
+    return n * 2
+
+
+@triton.jit
+def return_after_call_kernel(out_ptr, n):
+    pid = tl.program_id(0)
+    value = twice(pid + 1)
+    if pid >= n:
+        return
+    if pid > 0:
+        value = value * twice(pid)
+    tl.store(out_ptr + pid, value)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_the_result_of_a_call_is_used_after_an_early_return(n: int) -> None:
+    out = torch.zeros(4).int()
+    return_after_call_kernel[(4,)](out, n)
+    assert out.tolist() == [(pid + 1) * 2 * (pid * 2 if pid else 1) if pid < n else 0 for pid in range(4)]

@@ -47,9 +47,9 @@ def inline_calls(module: Module) -> Function:
 
 
 def _inline_blocks(module: Module, blocks: list[Block], stack: tuple[str, ...]) -> None:
+    renamed: dict[Value, Value] = {}  # blocks that follow use results too
     for block in blocks:
         ops: list[Op] = []
-        renamed: dict[Value, Value] = {}
         for op in block.ops:
             _rename(op, renamed)
             for region in op.regions:
