@@ -11,7 +11,15 @@ from dataclasses import dataclass
 from tilewright.codegen.cpu.microkernel_amx import AmxDot, TileShape, tile_shape
 from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, powers_of_two, vector
 from tilewright.codegen.cpu.microkernel_pack import Pack
-from tilewright.codegen.cpu.microkernel_step import Step, bf16_step, fma_step, int8_step, int16_step, integer_step
+from tilewright.codegen.cpu.microkernel_step import (
+    Step,
+    bf16_step,
+    fma_step,
+    int8_step,
+    int16_step,
+    integer_step,
+    make_unsigned,
+)
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import CodegenError
 
@@ -54,10 +62,9 @@ class TileDot:
     @property
     def symbol(self) -> str:
         """Name of the function, the same for equal specs only."""
-        layouts = (
-            f"{self.a_layout}_{self.b_layout}{'_zero' if self.zero_init else ''}{'_apart' if self.b_apart else ''}"
-        )
-        return f"tile_dot_{self.m}x{self.n}x{self.k}_{self.a_dtype}_{self.b_dtype}_{self.acc_dtype}_{layouts}"
+        flags = {"zero": self.zero_init, "apart": self.b_apart, "ragged": self.ragged}
+        forms = "_".join([self.a_layout, self.b_layout, *[name for name, is_set in flags.items() if is_set]])
+        return f"tile_dot_{self.m}x{self.n}x{self.k}_{self.a_dtype}_{self.b_dtype}_{self.acc_dtype}_{forms}"
 
     def tile_shape(self, target: CpuTarget) -> TileShape | None:
         """Sizes the tile registers must have been set to when the function is called; None if it uses none."""
@@ -153,6 +160,12 @@ def _prepare_a(ir: IrText, spec: TileDot, step: Step, target: CpuTarget) -> _Til
         base = ir.op(f"alloca [{rows * columns} x {LLVM_TYPES[step.a_dtype]}], align {_CACHE_LINE}")
         Pack(spec.a_dtype, step.a_dtype, group, target).rows(ir, base, "%a", stride, rows, columns)
         stride = str(columns * group * BYTES[step.a_dtype])
+    if step.unsigned_a:
+        rows, columns = rows // group, columns * group
+        source, source_stride = base, stride
+        if base == "%a":
+            base, stride = ir.op(f"alloca [{rows * columns} x i8], align {_CACHE_LINE}"), str(columns)
+        make_unsigned(ir, base, source, source_stride, rows, columns, target)
     unit = str(step.a_bytes)
     return _TileA(base, stride, unit) if spec.a_layout == "mk" else _TileA(base, unit, stride)
 
@@ -264,10 +277,6 @@ def _emit_block(
     aligns = [_alignment(spec.n * size, column * size) for _, _, column, _ in cells]
     kinds = [vector(step.acc, width) for *_, width in cells]
 
-    def initial(kind: str, place: str, align: int, index: int) -> str:
-        value = "zeroinitializer" if spec.zero_init else ir.load(kind, place, align)
-        return ir.op(f"sub {kind} {value}, {surplus[index]}") if surplus else value
-
     def group(index: str, values: list[str]) -> list[str]:
         b = columns.load(ir, step, index)
         offset = ir.mul(index, a.group)
@@ -287,10 +296,16 @@ def _emit_block(
         return values
 
     first = [
-        initial(kind, place, align, cell[1])
-        for kind, place, align, cell in zip(kinds, places, aligns, cells, strict=True)
+        "zeroinitializer" if spec.zero_init else ir.load(kind, place, align)
+        for kind, place, align in zip(kinds, places, aligns, strict=True)
     ]
     results = ir.loop(groups, unrolled, list(zip(kinds, first, strict=True)), unroll)
+    if surplus:
+        # At the end, so that nothing waits for the surplus.
+        results = [
+            ir.op(f"sub {kind} {value}, {surplus[register]}")
+            for kind, value, (_, register, *_) in zip(kinds, results, cells, strict=True)
+        ]
     for kind, value, place, align in zip(kinds, results, places, aligns, strict=True):
         ir.store(kind, value, place, align)
 

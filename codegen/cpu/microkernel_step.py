@@ -5,9 +5,10 @@ i16, 4 of i8); else it is one value.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
-from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, vector, widen
+from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, powers_of_two, vector, widen
 from tilewright.codegen.cpu.target import CpuTarget
 
 
@@ -27,6 +28,7 @@ class Step:
         multiply: (ir, accumulator, a, b, lanes) -> new accumulator.
         surplus: (ir, accumulator, b, lanes) -> accumulator plus what ``multiply`` adds too much for these values
             of B, whatever A is; None where it adds nothing too much.
+        unsigned_a: ``multiply`` wants A as unsigned bytes a + 128; the surplus is that of the 128.
     """
 
     group: int
@@ -39,6 +41,7 @@ class Step:
     load_b: Callable[[IrText, str, int], str]
     multiply: Callable[[IrText, str, str, str, int], str]
     surplus: Callable[[IrText, str, str, int], str] | None = None
+    unsigned_a: bool = False
 
 
 def fma_step(compute: str, b_dtype: str, target: CpuTarget) -> Step:
@@ -108,32 +111,63 @@ def int8_step(target: CpuTarget) -> Step:
     """``vpdpbusd``: four products of i8 are added to each i32 lane, modulo 2**32.
 
     The instruction multiplies unsigned by signed values, so A enters as a + 128 and the surplus is 128 times
-    the column sums of B.
+    the column sums of B. A is made unsigned once (``make_unsigned``): in this loop it would take the ports of the
+    products.
     """
 
-    def product(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
         wide, groups = vector("i32", lanes), vector("i8", 4 * lanes)
         call = f"call {wide} @llvm.x86.avx512.vpdpbusd.{32 * lanes}"
         return ir.op(f"{call}({wide} {acc}, {groups} {a}, {groups} {b})")
 
-    def offset(ir: IrText, lanes: int) -> str:
-        # 0x80 in every byte: a ^ 0x80 is a + 128 read as unsigned. Passing it through an empty assembler statement
-        # hides that it is constant: LLVM 22 selects instructions for the xor of a broadcast and a constant forever.
-        wide = vector("i32", lanes)
-        attributes = "memory(none) nounwind willreturn"
-        return ir.op(f'call {wide} asm "", "=x,0"({wide} splat (i32 {-0x7F7F7F80})) {attributes}')
-
-    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
-        wide, groups = vector("i32", lanes), vector("i8", 4 * lanes)
-        words = ir.op(f"bitcast {groups} {a} to {wide}")
-        words = ir.op(f"xor {wide} {words}, {offset(ir, lanes)}")
-        return product(ir, acc, ir.op(f"bitcast {wide} {words} to {groups}"), b, lanes)
-
     def surplus(ir: IrText, acc: str, b: str, lanes: int) -> str:
-        words = ir.op(f"bitcast {vector('i32', lanes)} {offset(ir, lanes)} to {vector('i8', 4 * lanes)}")
-        return product(ir, acc, words, b, lanes)
+        words = ir.op(f"bitcast {vector('i32', lanes)} {_upper_bits(ir, lanes)} to {vector('i8', 4 * lanes)}")
+        return multiply(ir, acc, words, b, lanes)
 
-    return _grouped("i8", "i32", target, multiply, surplus)
+    return replace(_grouped("i8", "i32", target, multiply, surplus), unsigned_a=True)
+
+
+def make_unsigned(ir: IrText, to: str, source: str, stride: str, rows: int, columns: int, target: CpuTarget) -> None:
+    """Writes a contiguous copy of i8 rows as a + 128, which is a ^ 0x80 read as unsigned.
+
+    Args:
+        ir: the function that is written.
+        to: where the copy goes; may be the source itself where that is contiguous.
+        source: address of the first row.
+        stride: bytes between rows.
+        rows, columns: sizes; columns are a multiple of 4.
+        target: the processor.
+    """
+
+    def piece(start: str, result: str, offset: int, lanes: int, index: str) -> None:
+        place = ir.add(index, offset)
+        # Words on their own are scalars: the constant passes through registers of their kind.
+        kind = vector("i32", lanes) if lanes >= 4 else "i32"
+        words = ir.load(kind, ir.at(start, place), 1)
+        ir.store(kind, ir.op(f"xor {kind} {words}, {_upper_bits(ir, lanes)}"), ir.at(result, place), 1)
+
+    def row(index: str) -> None:
+        start, result = ir.at(source, ir.mul(index, stride)), ir.at(to, ir.mul(index, columns))
+        full = columns // (4 * target.lanes_f32) * (4 * target.lanes_f32)
+        ir.each(full, 4 * target.lanes_f32, partial(piece, start, result, 0, target.lanes_f32))
+        offset = full
+        for lanes in powers_of_two((columns - full) // 4):
+            size = 4 * (lanes if lanes >= 4 else 1)
+            ir.each(4 * lanes, size, partial(piece, start, result, offset, size // 4))
+            offset += 4 * lanes
+
+    ir.each(rows, 1, row)
+
+
+def _upper_bits(ir: IrText, lanes: int) -> str:
+    """0x80 in every byte of i32 lanes, or of one i32.
+
+    Passing it through an empty assembler statement hides that it is constant: LLVM 22 selects instructions for the xor
+    of a broadcast and a constant forever.
+    """
+    kind, value, register = (vector("i32", lanes), "splat (i32 {})", "x") if lanes >= 4 else ("i32", "{}", "r")
+    call = f'call {kind} asm "", "={register},0"({kind} {value.format(-0x7F7F7F80)})'
+    return ir.op(f"{call} memory(none) nounwind willreturn")
 
 
 def _grouped(

@@ -113,6 +113,26 @@ def test_rows_that_are_masked_off_add_nothing(features, dtype, m, k):
 
 
 @triton.jit
+def masked_and_whole(a_ptr, b_ptr, out_ptr, M, N: tl.constexpr):
+    i = tl.arange(0, N)
+    place = i[:, None] * N + i[None, :]
+    b = tl.load(b_ptr + place)
+    acc = tl.dot(tl.load(a_ptr + place, mask=i[:, None] < M), b) + 1
+    acc = tl.dot(tl.load(a_ptr + place), b, acc)
+    acc = tl.dot(tl.load(a_ptr + place, mask=i[:, None] < M), b, acc)
+    tl.store(out_ptr + place, acc)
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("m", [1, 17, 64])
+def test_products_of_one_shape_with_masked_and_with_all_rows(features, m):
+    a, b, out = operand(64, 64, torch.float32, False), operand(64, 64, torch.float32, False), torch.empty(64, 64)
+    with_features(masked_and_whole, features)((1,), a, b, out, m, N=64)
+    exact = (3 * (a.double() @ b.double()) + 1)[:m]  # the rows behind were loaded undefined
+    torch.testing.assert_close(out[:m].double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@triton.jit
 def grouped(x_ptr, w_ptr, out_ptr, K, N: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, G: tl.constexpr):
     rows, cols, acc = tl.arange(0, BM), tl.arange(0, N), tl.zeros([BM, N], out_ptr.dtype.element_ty)
     for k in range(0, K, BK):
