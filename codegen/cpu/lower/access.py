@@ -6,6 +6,8 @@ from tilewright.codegen.cpu.lower.ttir import I1, I8, Elem
 
 # Readable memory for accesses that a mask switches off: at least one vector of 64 lanes of 8 bytes.
 SAFE_PAGE = "@tw.safe"
+STREAM_HINT = "!0"
+STREAM_HINT_IR = f"{STREAM_HINT} = !{{i32 1}}\n"
 SAFE_PAGE_IR = f"{SAFE_PAGE} = internal global [512 x i8] zeroinitializer, align 64\n"
 
 
@@ -110,8 +112,12 @@ def _masked(b: LaneBuilder, pointer: Lane, memory: Elem, floor: int, mask: Mask,
     return _from_memory(b, read, elem)
 
 
-def store_lanes(b: LaneBuilder, pointer: Lane, lane: Lane, mask: Mask | None = None) -> None:
-    """Writes a lane to memory, in lane order where addresses repeat."""
+def store_lanes(b: LaneBuilder, pointer: Lane, lane: Lane, mask: Mask | None = None, stream: bool = False) -> None:
+    """Writes a lane to memory, in lane order where addresses repeat.
+
+    Args:
+        stream: whole vectors without a mask, which are aligned to their size, pass the caches by.
+    """
     elem = lane.elem
     memory = _memory_elem(elem)
     width = width_of(pointer, lane, mask or lane)
@@ -126,7 +132,8 @@ def store_lanes(b: LaneBuilder, pointer: Lane, lane: Lane, mask: Mask | None = N
     contiguous = isinstance(pointer, Affine) and pointer.stride == 1
     if contiguous and (mask is None or mask.all_true):
         assert isinstance(pointer, Affine)
-        b.effect(f"store {type_} {value}, ptr {pointer.base}, align {memory.size}")
+        how = f"{width * memory.size}, !nontemporal {STREAM_HINT}" if stream else str(memory.size)
+        b.effect(f"store {type_} {value}, ptr {pointer.base}, align {how}")
         return
     flags = b.vector(mask, width) if mask is not None else "splat (i1 true)"
     kind = _mask_type(memory, width)

@@ -92,6 +92,7 @@ class Context:
             are more, each product sets its own.
         relies: level of the innermost scope whose assumptions the value being evaluated rests on: there, and in scopes
             inside it, the value is right, and only there may memory be read for it.
+        unread: stores that may be non-temporal: the kernel never reads what they write.
         table: address of the kernel's memory table, if it can stop itself.
         checks: tests of accesses, in checked mode.
     """
@@ -115,6 +116,7 @@ class Context:
             **rules(self.math),
             "tt.extern_elementwise": extern_rule(self.math),
         }
+        self.unread: frozenset[Op] = frozenset()
         self.table: str | None = None
         self.checks: Checks | None = None
         self._scratch_bytes = self._stack_bytes = 0

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower import exchange, shapes  # noqa: F401  (register their operations)
-from tilewright.codegen.cpu.lower.access import SAFE_PAGE_IR
+from tilewright.codegen.cpu.lower.access import SAFE_PAGE_IR, STREAM_HINT_IR
 from tilewright.codegen.cpu.lower.assertion import lower_assert
 from tilewright.codegen.cpu.lower.atomic import EAGER_ELEMENTS
 from tilewright.codegen.cpu.lower.blocks import lower_blocks
@@ -29,6 +29,7 @@ from tilewright.codegen.cpu.lower.reduce import lower_reduce
 from tilewright.codegen.cpu.lower.scaled import expand_scaled_dots
 from tilewright.codegen.cpu.lower.scan import lower_scan
 from tilewright.codegen.cpu.lower.stop import bind_table
+from tilewright.codegen.cpu.lower.stream import FENCE, unread_stores
 from tilewright.codegen.cpu.lower.tiles import carrier, materialize
 from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op, walk
 from tilewright.codegen.cpu.microkernel_amx import RELEASE
@@ -82,6 +83,8 @@ def lower_module(ttir: str, target: CpuTarget, check: bool = False) -> Lowered:
         bind_table(ctx, len(function.params))
     if check:
         ctx.checks = Checks(ctx, Origins(function))
+    elif target.is_x86:
+        ctx.unread = unread_stores(function)
     lower_blocks(ctx, function.blocks, lower_block)
     searches = ctx.checks is not None and ctx.checks.searches
     params = tuple(_spelling(p.elem) for p in function.params)
@@ -144,6 +147,7 @@ def _module_text(ctx: Context, function: Function) -> str:
         *b.exits,
         "exit:",
         *b.frees,
+        *([f"  {FENCE}"] if ctx.unread else []),
         # Tiles that stay in use would make every later switch of threads save and restore 8 KB.
         *([f"  {RELEASE}"] if tiles else []),
         "  ret void",
@@ -158,7 +162,7 @@ def _module_text(ctx: Context, function: Function) -> str:
         *ctx.functions.values(),
         *(shape.definition() for shape in tiles),
     ]
-    return "\n".join([*parts, *lines]) + "\n"
+    return "\n".join([*parts, *lines, STREAM_HINT_IR])
 
 
 def lower_block(ctx: Context, block: Block) -> None:

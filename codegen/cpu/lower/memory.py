@@ -1,9 +1,13 @@
 """Loads, stores and atomic operations."""
 
+from collections.abc import Callable
+from functools import partial
+
 from tilewright.codegen.cpu.lower.access import load_lanes, store_lanes, zero_literal
 from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Point, Uniform, width_of
-from tilewright.codegen.cpu.lower.nest import assume, best_axis, bounded, bounds_of, leaf_pointers, nest
+from tilewright.codegen.cpu.lower.nest import Body, assume, best_axis, bounded, bounds_of, leaf_pointers, nest
+from tilewright.codegen.cpu.lower.stream import may_stream, streams
 from tilewright.codegen.cpu.lower.ttir import I1, Op, Value
 
 
@@ -58,15 +62,28 @@ def lower_store(ctx: Context, op: Op) -> None:
     parts = bounded(ctx, mask) if mask is not None else []
     axis = best_axis(ctx, pointer.shape, [pointer, pointer, *leaf_pointers(ctx, value)])
 
-    def body(point: Point, full: bool) -> None:
+    bounds = bounds_of(ctx, parts)
+
+    def body(point: Point, full: bool, stream: bool = False) -> None:
         assume(ctx, parts, point, full, axis)
         flags = ctx.simplify(ctx.value(mask, point)) if mask is not None else Uniform(I1, "true")
-        _store_at(ctx, op, ctx.value(pointer, point), ctx.value(value, point), flags)
+        _store_at(ctx, op, ctx.value(pointer, point), ctx.value(value, point), flags, stream)
 
-    nest(ctx, pointer.shape, axis, body, bounds_of(ctx, parts))
+    def row(first: Point, vectors: Callable[[Body], None]) -> None:
+        def loop(stream: bool) -> list[str]:
+            vectors(partial(body, stream=stream))
+            return []
+
+        flag = streams(ctx, op, axis, first, bounds.get(axis))
+        if flag is None:
+            loop(False)
+        else:
+            ctx.b.branch(flag, lambda: loop(True), lambda: loop(False))
+
+    nest(ctx, pointer.shape, axis, body, bounds, row=row if may_stream(ctx, op, axis) else None)
 
 
-def _store_at(ctx: Context, op: Op, pointer: Lane, lane: Lane, flags: Lane) -> None:
+def _store_at(ctx: Context, op: Op, pointer: Lane, lane: Lane, flags: Lane, stream: bool = False) -> None:
     width = width_of(pointer, lane, flags)
     mask = ctx.b.mask(flags, width)
     if ctx.checks is not None:
@@ -74,12 +91,12 @@ def _store_at(ctx: Context, op: Op, pointer: Lane, lane: Lane, flags: Lane) -> N
     if mask.uniform is not None and mask.bound is None and mask.vector is None:
 
         def write() -> list[str]:
-            store_lanes(ctx.b, pointer, lane)
+            store_lanes(ctx.b, pointer, lane, stream=stream)
             return []
 
         ctx.b.branch(mask.uniform, write)
         return
-    store_lanes(ctx.b, pointer, lane, None if mask.all_true else mask)
+    store_lanes(ctx.b, pointer, lane, None if mask.all_true else mask, stream)
 
 
 def _scalar_store(ctx: Context, op: Op) -> None:

@@ -16,6 +16,8 @@ _INDEX_OPS = {
 }  # fmt: skip
 # Gets the point and whether all lanes lie inside the bounds.
 Body = Callable[[Point, bool], None]
+# Writes the vector loop of one row: gets the row's first point, and what writes the loop around a body.
+Row = Callable[[Point, Callable[[Body], None]], None]
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def nest(
     bounds: dict[int, str] | None = None,
     unroll: int = UNROLL,
     starts: dict[int, str] | None = None,
+    row: Row | None = None,
 ) -> None:
     """Runs ``body`` over a tile.
 
@@ -157,15 +160,22 @@ def nest(
         axis: the vector axis, innermost.
         bounds: i32 numbers of elements of axes to visit, from 0 to the size.
         starts: i32 first elements to visit of axes other than the vector axis.
+        row: writes the vector loops, perhaps several that the row decides between; one of ``body`` when None.
     """
     bounds, starts = bounds or {}, starts or {}
     others = [a for a in range(len(shape)) if a != axis]
 
     def inner(point: list[Lane]) -> None:
-        if axis in bounds:
-            _bounded_vectors(ctx, shape, axis, bounds[axis], point, body)
+        def vectors(body: Body) -> None:
+            if axis in bounds:
+                _bounded_vectors(ctx, shape, axis, bounds[axis], point, body)
+            else:
+                _vectors(ctx, shape, axis, point, body, unroll)
+
+        if row is None:
+            vectors(body)
         else:
-            _vectors(ctx, shape, axis, point, body, unroll)
+            row(tuple(point), vectors)
 
     def scalar_loops(depth: int, point: list[Lane]) -> None:
         if depth == len(others):
