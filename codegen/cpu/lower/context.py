@@ -93,6 +93,7 @@ class Context:
         relies: level of the innermost scope whose assumptions the value being evaluated rests on: there, and in scopes
             inside it, the value is right, and only there may memory be read for it.
         unread: stores that may be non-temporal: the kernel never reads what they write.
+        streams: loads, and whether each reads a long run of memory of its program's own.
         table: address of the kernel's memory table, if it can stop itself.
         checks: tests of accesses, in checked mode.
     """
@@ -117,6 +118,7 @@ class Context:
             "tt.extern_elementwise": extern_rule(self.math),
         }
         self.unread: frozenset[Op] = frozenset()
+        self.streams: dict[Op, bool] = {}
         self.table: str | None = None
         self.checks: Checks | None = None
         self._scratch_bytes = self._stack_bytes = 0

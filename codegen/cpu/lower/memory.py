@@ -7,6 +7,7 @@ from tilewright.codegen.cpu.lower.access import load_lanes, store_lanes, zero_li
 from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Point, Uniform, width_of
 from tilewright.codegen.cpu.lower.nest import Body, assume, best_axis, bounded, bounds_of, leaf_pointers, nest
+from tilewright.codegen.cpu.lower.prefetch import read_ahead
 from tilewright.codegen.cpu.lower.stream import may_stream, streams
 from tilewright.codegen.cpu.lower.ttir import I1, Op, Value
 
@@ -30,6 +31,8 @@ def lazy_load(ctx: Context, op: Op, value: Value, point: Point) -> Lane:
     floor = max(ctx.levels[value], ctx.relies)
     if ctx.checks is not None:
         ctx.checks.access(op, pointer, mask, floor, "load")
+    if mask is None or mask.all_true:
+        read_ahead(ctx, op, pointer)
     return load_lanes(ctx.b, pointer, value.elem, floor, mask, other)
 
 
