@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.language.extra import libdevice
 from triton.language.extra.cuda import libdevice as offered
 
-from tilewright.codegen.cpu.lower.libdevice import SYMBOLS
+from tilewright.codegen.cpu.mathlib.libdevice import SYMBOLS
 
 
 def _gamma(x: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from tilewright.codegen.cpu.lower import lower_module
-from tilewright.codegen.cpu.lower.parser import parse_module, parse_type
-from tilewright.codegen.cpu.lower.text import closing, split_top, strip_locations
-from tilewright.codegen.cpu.lower.ttir import walk
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.ttir.parser import parse_module, parse_type
+from tilewright.codegen.cpu.ttir.records import walk
+from tilewright.codegen.cpu.ttir.text import closing, split_top, strip_locations
 from tilewright.errors import UnsupportedOp
 
 

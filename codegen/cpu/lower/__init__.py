@@ -1,9 +1,9 @@
-"""Lowering of TTIR text to LLVM IR text.
+"""Lowering of kernels, as records of ``codegen.cpu.ttir``, to LLVM IR text.
 
-The way of a kernel through this package: ``parser`` makes records of the text (``ttir``), ``inline`` removes calls,
-``plan`` decides which tensors get memory, and ``kernel`` goes through the operations in order. Operations with loops
-of their own (``memory``, ``reduce``, ``scan``, ``dot``, ``control``) evaluate their operands point by point
-(``context``, ``shapes``, ``arith``, ``mathfn``), as ``lanes``, and ``builder`` writes the LLVM IR.
+``kernel`` goes through the operations in order. Those with loops of their own (``memory``, ``reduce``, ``scan``,
+``dot``, ``atomic``, ``control``) evaluate their operands point by point (``context``, ``shapes``, ``arith``,
+``mathlib``) as ``lanes``, in the loops of ``nest`` or into ``tiles`` of scratch memory, and ``builder`` writes the LLVM
+IR.
 """
 
 from tilewright.codegen.cpu.lower.kernel import Lowered, lower_module

@@ -2,7 +2,7 @@
 
 from tilewright.codegen.cpu.lower.arith import select
 from tilewright.codegen.cpu.lower.lanes import Affine, Lane, LaneBuilder, Mask, Uniform, Vector, type_of, width_of
-from tilewright.codegen.cpu.lower.ttir import I1, I8, Elem
+from tilewright.codegen.cpu.ttir.records import I1, I8, Elem
 
 # Readable memory for accesses that a mask switches off: at least one vector of 64 lanes of 8 bytes.
 SAFE_PAGE = "@tw.safe"

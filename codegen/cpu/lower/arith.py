@@ -1,6 +1,6 @@
 """Elementwise operations on lanes: one table entry per operation of the arith and tt dialects.
 
-Every entry works on scalars (width 0) and vectors. Operations of the math dialect are in ``mathfn``.
+Every entry works on scalars (width 0) and vectors. Operations of the math dialect are in ``mathlib.functions``.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from tilewright.codegen.cpu.lower.lanes import (
     type_of,
     width_of,
 )
-from tilewright.codegen.cpu.lower.ttir import F32, F64, I1, Elem, Op
+from tilewright.codegen.cpu.ttir.records import F32, F64, I1, Elem, Op
 
 # Takes the builder, the operation, operands of one LLVM type, their element type and the width.
 Rule = Callable[[LaneBuilder, Op, list[str], Elem, int], str]
@@ -275,7 +275,7 @@ def elementwise(b: LaneBuilder, op: Op, lanes: Sequence[Lane], rules: dict[str, 
 
     Args:
         lanes: operands at the point.
-        rules: table of operations (``RULES`` and that of ``mathfn``).
+        rules: table of operations (``RULES`` and that of ``mathlib.functions``).
 
     Raises:
         KeyError: the operation is in no table.

@@ -4,7 +4,7 @@ from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Uniform, width_of
 from tilewright.codegen.cpu.lower.nest import nest
 from tilewright.codegen.cpu.lower.stop import site_of, stop_if
-from tilewright.codegen.cpu.lower.ttir import Op
+from tilewright.codegen.cpu.ttir.records import Op
 
 
 def lower_assert(ctx: Context, op: Op) -> None:

@@ -6,7 +6,7 @@ from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.convert import narrow, widen
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Point, Uniform
 from tilewright.codegen.cpu.lower.nest import scalar_nest
-from tilewright.codegen.cpu.lower.ttir import Elem, Op
+from tilewright.codegen.cpu.ttir.records import Elem, Op
 
 _KINDS = {
     "add": "add", "fadd": "fadd", "max": "max", "min": "min", "umax": "umax", "umin": "umin", "and": "and",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from tilewright.codegen.cpu.lower.carry import write_all
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Scalar
 from tilewright.codegen.cpu.lower.tiles import materialize
-from tilewright.codegen.cpu.lower.ttir import Block, Op, Value, walk
+from tilewright.codegen.cpu.ttir.records import Block, Op, Value, walk
 
 LowerBlock = Callable[[Context, Block], None]
 

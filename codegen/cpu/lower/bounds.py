@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower.context import Context
-from tilewright.codegen.cpu.lower.literals import python_value, scalar_literal
 from tilewright.codegen.cpu.lower.nest import Conjunct, bounded, conjuncts, masks_of
-from tilewright.codegen.cpu.lower.ttir import I1, Op, Value
+from tilewright.codegen.cpu.ttir.literals import python_value, scalar_literal
+from tilewright.codegen.cpu.ttir.records import I1, Op, Value
 
 _NEUTRAL = {
     "arith.addf": 0.0, "arith.addi": 0.0, "arith.ori": 0.0, "arith.xori": 0.0, "arith.mulf": 1.0, "arith.muli": 1.0,

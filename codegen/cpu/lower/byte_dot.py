@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.convert import typed
 from tilewright.codegen.cpu.lower.lanes import ZERO, Point
-from tilewright.codegen.cpu.lower.literals import python_value
 from tilewright.codegen.cpu.lower.nest import broadcast_point
-from tilewright.codegen.cpu.lower.plan import is_lazy
-from tilewright.codegen.cpu.lower.ttir import I1, Op, Value
+from tilewright.codegen.cpu.ttir.literals import python_value
+from tilewright.codegen.cpu.ttir.plan import is_lazy
+from tilewright.codegen.cpu.ttir.records import I1, Op, Value
 
 _MOVED = {"tt.broadcast", "tt.expand_dims", "tt.splat"}
 _SAME_BITS = {"arith.addi": "add", "arith.subi": "sub", "arith.andi": "and", "arith.ori": "or", "arith.xori": "xor"}

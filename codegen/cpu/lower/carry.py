@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from tilewright.codegen.cpu.lower.context import Buffer, Context, Shifted
-from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
 from tilewright.codegen.cpu.lower.tiles import materialize
-from tilewright.codegen.cpu.lower.ttir import Op, Type, Value
+from tilewright.codegen.cpu.ttir.plan import MOVES, is_lazy
+from tilewright.codegen.cpu.ttir.records import Op, Type, Value
 
 
 def reads(ctx: Context, value: Value) -> set[tuple[str, bool]]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.lanes import Affine, Lane, Mask, Uniform, width_of
-from tilewright.codegen.cpu.lower.origin import Origins
 from tilewright.codegen.cpu.lower.stop import site_of, stop_if
-from tilewright.codegen.cpu.lower.ttir import I32, I64, Op
+from tilewright.codegen.cpu.ttir.origin import Origins
+from tilewright.codegen.cpu.ttir.records import I32, I64, Op
 from tilewright.ir.stops import TABLE_RANGES
 
 _FIRST, _SEARCH = "@tw.first", "@tw.search"

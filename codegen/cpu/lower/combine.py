@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Uniform, Vector, type_of
 from tilewright.codegen.cpu.lower.region import evaluate
-from tilewright.codegen.cpu.lower.ttir import I1, Block
+from tilewright.codegen.cpu.ttir.records import I1, Block
 
 
 def combine(

@@ -17,13 +17,13 @@ from tilewright.codegen.cpu.lower.lanes import (
     is_const,
     width_of,
 )
-from tilewright.codegen.cpu.lower.libdevice import extern_rule, symbol_of
-from tilewright.codegen.cpu.lower.mathfn import MathLibrary, rules
-from tilewright.codegen.cpu.lower.plan import Plan
 from tilewright.codegen.cpu.lower.quotient import divide_by_shared, shared_divisor
-from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem, Op, Type, Value
+from tilewright.codegen.cpu.mathlib.functions import MathLibrary, rules
+from tilewright.codegen.cpu.mathlib.libdevice import extern_rule, symbol_of
 from tilewright.codegen.cpu.microkernel_amx import TileShape
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.ttir.plan import Plan
+from tilewright.codegen.cpu.ttir.records import I1, I32, Elem, Op, Type, Value
 from tilewright.errors import UnsupportedOp, Where
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
 from tilewright.codegen.cpu.lower.nest import index_like
 from tilewright.codegen.cpu.lower.stop import leave_if_stopped
 from tilewright.codegen.cpu.lower.tiles import materialize
-from tilewright.codegen.cpu.lower.ttir import I64, Block, Op, Value
 from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
+from tilewright.codegen.cpu.ttir.records import I64, Block, Op, Value
 
 LowerBlock = Callable[[Context, Block], None]
 

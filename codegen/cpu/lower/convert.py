@@ -5,7 +5,7 @@ rounding is the same (to nearest, ties to even) on every target.
 """
 
 from tilewright.codegen.cpu.lower.builder import Builder
-from tilewright.codegen.cpu.lower.ttir import F32, F64, Elem
+from tilewright.codegen.cpu.ttir.records import F32, F64, Elem
 
 
 def typed(llvm: str, width: int) -> str:

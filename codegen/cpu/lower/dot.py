@@ -7,11 +7,11 @@ from tilewright.codegen.cpu.lower.context import Buffer, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform, is_const
 from tilewright.codegen.cpu.lower.operand import Tile, converted, grouped_tile_of, tile_of
 from tilewright.codegen.cpu.lower.tiles import materialize
-from tilewright.codegen.cpu.lower.ttir import BF16, F16, F32, F64, I1, I8, I32, Block, Elem, Op, Type, Value, walk
 from tilewright.codegen.cpu.microkernel import TileDot, packed_form, tile_dot
 from tilewright.codegen.cpu.microkernel_amx import TileShape
 from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.ttir.records import BF16, F16, F32, F64, I1, I8, I32, Block, Elem, Op, Type, Value, walk
 
 _DTYPES = {"f64": "f64", "f32": "f32", "f16": "f16", "bf16": "bf16", "i8": "i8", "i16": "i16", "i32": "i32"}
 

@@ -5,7 +5,7 @@ from tilewright.codegen.cpu.lower.context import Context, Scalar
 from tilewright.codegen.cpu.lower.lanes import Point, Uniform
 from tilewright.codegen.cpu.lower.reduce import as_vector, ref_of
 from tilewright.codegen.cpu.lower.shapes import unflatten
-from tilewright.codegen.cpu.lower.ttir import I32, Op, Type, Value
+from tilewright.codegen.cpu.ttir.records import I32, Op, Type, Value
 
 
 def lower_map_elementwise(ctx: Context, op: Op, lower: LowerBlock) -> None:

@@ -10,7 +10,7 @@ from typing import TypeGuard
 from tilewright.codegen.cpu.lower.context import LAZY, Context
 from tilewright.codegen.cpu.lower.lanes import Affine, Lane, Point, Uniform, Vector, is_const, type_of, width_of
 from tilewright.codegen.cpu.lower.shapes import high_bits, low_bits
-from tilewright.codegen.cpu.lower.ttir import I32, Op, Value
+from tilewright.codegen.cpu.ttir.records import I32, Op, Value
 
 
 def _number(ctx: Context, name: str, ref: str, amount: int) -> str:

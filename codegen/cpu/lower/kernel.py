@@ -15,25 +15,25 @@ from tilewright.codegen.cpu.lower.context import LAZY, Context, Scalar
 from tilewright.codegen.cpu.lower.control import lower_for, lower_if, lower_while
 from tilewright.codegen.cpu.lower.dot import find_tile_shapes, lower_dot
 from tilewright.codegen.cpu.lower.elementwise_map import lower_map_elementwise
-from tilewright.codegen.cpu.lower.idioms import recognize_idioms
-from tilewright.codegen.cpu.lower.inline import inline_calls
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform
-from tilewright.codegen.cpu.lower.literals import scalar_literal
 from tilewright.codegen.cpu.lower.memory import lower_store, scalar_load
-from tilewright.codegen.cpu.lower.origin import Origins
-from tilewright.codegen.cpu.lower.pairs import flatten_pairs
-from tilewright.codegen.cpu.lower.parser import parse_module
-from tilewright.codegen.cpu.lower.plan import Plan, is_lazy
 from tilewright.codegen.cpu.lower.printing import lower_print
 from tilewright.codegen.cpu.lower.reduce import lower_reduce
-from tilewright.codegen.cpu.lower.scaled import expand_scaled_dots
 from tilewright.codegen.cpu.lower.scan import lower_scan
 from tilewright.codegen.cpu.lower.stop import bind_table
 from tilewright.codegen.cpu.lower.stream import FENCE, unread_stores
 from tilewright.codegen.cpu.lower.tiles import carrier, materialize
-from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Op, walk
 from tilewright.codegen.cpu.microkernel_amx import RELEASE
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.ttir.idioms import recognize_idioms
+from tilewright.codegen.cpu.ttir.inline import inline_calls
+from tilewright.codegen.cpu.ttir.literals import scalar_literal
+from tilewright.codegen.cpu.ttir.origin import Origins
+from tilewright.codegen.cpu.ttir.pairs import flatten_pairs
+from tilewright.codegen.cpu.ttir.parser import parse_module
+from tilewright.codegen.cpu.ttir.plan import Plan, is_lazy
+from tilewright.codegen.cpu.ttir.records import Block, Elem, Function, Op, walk
+from tilewright.codegen.cpu.ttir.scaled import expand_scaled_dots
 from tilewright.errors import CodegenError, TilewrightError, Where
 
 _AXES = "xyz"

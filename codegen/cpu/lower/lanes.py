@@ -8,7 +8,7 @@ first lanes, or any vector. Keeping the form gives contiguity of addresses and s
 from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower.builder import Builder
-from tilewright.codegen.cpu.lower.ttir import I1, I32, Elem
+from tilewright.codegen.cpu.ttir.records import I1, I32, Elem
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from tilewright.codegen.cpu.lower.lanes import Lane, Mask, Point, Uniform, width
 from tilewright.codegen.cpu.lower.nest import Body, assume, best_axis, bounded, bounds_of, leaf_pointers, nest
 from tilewright.codegen.cpu.lower.prefetch import read_ahead
 from tilewright.codegen.cpu.lower.stream import may_stream, streams
-from tilewright.codegen.cpu.lower.ttir import I1, Op, Value
+from tilewright.codegen.cpu.ttir.records import I1, Op, Value
 
 
 def _point_of(value: Value, point: Point) -> Point:

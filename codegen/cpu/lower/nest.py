@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower.context import UNWRAPPED, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Mask, Point, Uniform, is_const
-from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
-from tilewright.codegen.cpu.lower.ttir import I32, Value
+from tilewright.codegen.cpu.ttir.plan import MOVES, is_lazy
+from tilewright.codegen.cpu.ttir.records import I32, Value
 
 # Vectors of one loop iteration; more only lengthen the code, the processor overlaps iterations by itself.
 UNROLL = 4

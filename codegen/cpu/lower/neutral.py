@@ -1,7 +1,7 @@
 """Neutral elements of the combine functions of reductions."""
 
-from tilewright.codegen.cpu.lower.literals import scalar_literal
-from tilewright.codegen.cpu.lower.ttir import I1, Block, Elem
+from tilewright.codegen.cpu.ttir.literals import scalar_literal
+from tilewright.codegen.cpu.ttir.records import I1, Block, Elem
 
 _NEUTRAL = {
     "arith.addf": "-0.0", "arith.mulf": "1.0", "arith.maximumf": "-inf", "arith.minimumf": "inf",

@@ -15,10 +15,10 @@ from tilewright.codegen.cpu.lower.nest import (
     leaf_pointers,
     nest,
 )
-from tilewright.codegen.cpu.lower.plan import grouped_load
 from tilewright.codegen.cpu.lower.tiles import materialize
-from tilewright.codegen.cpu.lower.ttir import I32, Elem, Op, Type, Value
 from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
+from tilewright.codegen.cpu.ttir.plan import grouped_load
+from tilewright.codegen.cpu.ttir.records import I32, Elem, Op, Type, Value
 
 
 @dataclass(frozen=True)

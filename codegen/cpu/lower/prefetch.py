@@ -7,7 +7,7 @@ row and computes, and the program after it that reads the next row, are such a s
 from tilewright.codegen.cpu.lower.context import Context, Shifted
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane
 from tilewright.codegen.cpu.lower.nest import index_like
-from tilewright.codegen.cpu.lower.ttir import I32, Op, Value
+from tilewright.codegen.cpu.ttir.records import I32, Op, Value
 
 AHEAD = 4096  # bytes
 LINE = 64

@@ -7,7 +7,7 @@ from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.convert import widen
 from tilewright.codegen.cpu.lower.lanes import Point
 from tilewright.codegen.cpu.lower.reduce import as_vector, ref_of, scalar_nest
-from tilewright.codegen.cpu.lower.ttir import I1, Elem, Op
+from tilewright.codegen.cpu.ttir.records import I1, Elem, Op
 
 _PRINTF = "declare i32 @printf(ptr, ...)\ndeclare i32 @fflush(ptr)"
 _ESCAPE = re.compile(rb"\\([0-9A-Fa-f]{2}|\\)")

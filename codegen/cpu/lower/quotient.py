@@ -6,7 +6,7 @@ the correctly rounded quotient unless the mantissa of ``d`` is all ones (Markste
 """
 
 from tilewright.codegen.cpu.lower.lanes import Lane, LaneBuilder, Uniform, Vector, width_of
-from tilewright.codegen.cpu.lower.ttir import F32
+from tilewright.codegen.cpu.ttir.records import F32
 
 # Divisors for which no intermediate result overflows or loses digits; of a smaller |x| than 2**-100 the remainder
 # may be subnormal, and the quotient is then off by one unit in the last place at most.

@@ -21,7 +21,7 @@ from tilewright.codegen.cpu.lower.nest import (
 )
 from tilewright.codegen.cpu.lower.neutral import masked_element, neutral
 from tilewright.codegen.cpu.lower.tiles import fill_tail, materialize
-from tilewright.codegen.cpu.lower.ttir import I32, Op, Type, Value, walk
+from tilewright.codegen.cpu.ttir.records import I32, Op, Type, Value, walk
 
 # Independent accumulators hide the latency of the combine operation.
 ACCUMULATORS = 4

@@ -10,8 +10,8 @@ from tilewright.codegen.cpu.lower.arith import select
 from tilewright.codegen.cpu.lower.assertion import hold
 from tilewright.codegen.cpu.lower.context import Context
 from tilewright.codegen.cpu.lower.lanes import TRUE, Lane, Mask, Uniform
-from tilewright.codegen.cpu.lower.literals import scalar_literal
-from tilewright.codegen.cpu.lower.ttir import Block, Op, Value
+from tilewright.codegen.cpu.ttir.literals import scalar_literal
+from tilewright.codegen.cpu.ttir.records import Block, Op, Value
 
 _RETURNS = {"tt.reduce.return", "tt.scan.return", "tt.return", "scf.yield"}
 

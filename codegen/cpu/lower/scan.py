@@ -7,7 +7,7 @@ from tilewright.codegen.cpu.lower.combine import as_vector, combine, ref_of
 from tilewright.codegen.cpu.lower.context import Buffer, Context
 from tilewright.codegen.cpu.lower.lanes import Affine, Lane, Mask, Point, Uniform, Vector, type_of
 from tilewright.codegen.cpu.lower.nest import nest, scalar_nest
-from tilewright.codegen.cpu.lower.ttir import I32, Op, Type
+from tilewright.codegen.cpu.ttir.records import I32, Op, Type
 
 
 class _Scan:

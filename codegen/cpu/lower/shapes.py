@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from tilewright.codegen.cpu.lower.arith import select
 from tilewright.codegen.cpu.lower.context import LAZY, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Point, Uniform, Vector, is_const, width_of
-from tilewright.codegen.cpu.lower.literals import scalar_literal
 from tilewright.codegen.cpu.lower.nest import broadcast_point
-from tilewright.codegen.cpu.lower.plan import order_of
-from tilewright.codegen.cpu.lower.ttir import I1, I32, Op, Type, Value
+from tilewright.codegen.cpu.ttir.literals import scalar_literal
+from tilewright.codegen.cpu.ttir.plan import order_of
+from tilewright.codegen.cpu.ttir.records import I1, I32, Op, Type, Value
 
 _ADD, _AND, _SHIFT = (Op(name, [], [Value("", Type(I32))]) for name in ("arith.addi", "arith.andi", "arith.shrui"))
 _LESS = Op("arith.cmpi", [], [Value("", Type(I1))], words=("slt",))

@@ -9,7 +9,7 @@ stopped program ends as well.
 import json
 
 from tilewright.codegen.cpu.lower.context import Context
-from tilewright.codegen.cpu.lower.ttir import Op
+from tilewright.codegen.cpu.ttir.records import Op
 
 _STOP = "@tw.stop"
 # Only the first program to stop writes; the state says 2 when all words are there.

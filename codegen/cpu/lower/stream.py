@@ -10,8 +10,8 @@ import math
 from tilewright.codegen.cpu.lower.context import Context, Shifted
 from tilewright.codegen.cpu.lower.lanes import Affine, Point
 from tilewright.codegen.cpu.lower.nest import index_like, lanes_at
-from tilewright.codegen.cpu.lower.origin import Origins
-from tilewright.codegen.cpu.lower.ttir import Function, Op, walk
+from tilewright.codegen.cpu.ttir.origin import Origins
+from tilewright.codegen.cpu.ttir.records import Function, Op, walk
 
 # Bytes written by one launch from which on the caches are passed by. Layer norm, with a sum over its output behind it,
 # gained 13 % from 16 MB on (Emerald Rapids, in a virtual machine); at 8 MB it made no difference.

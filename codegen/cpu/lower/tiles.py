@@ -16,8 +16,8 @@ from tilewright.codegen.cpu.lower.nest import (
     row_parts,
     scalar_nest,
 )
-from tilewright.codegen.cpu.lower.plan import MOVES, is_lazy
-from tilewright.codegen.cpu.lower.ttir import Op, Type, Value
+from tilewright.codegen.cpu.ttir.plan import MOVES, is_lazy
+from tilewright.codegen.cpu.ttir.records import Op, Type, Value
 
 # Operations that may stand between a tile and the reduction that takes it along, besides lazy and scalar ones.
 _NO_EFFECT = ("arith.", "math.", "tt.get_program_id", "tt.get_num_programs", "tt.splat")

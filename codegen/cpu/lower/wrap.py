@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from tilewright.codegen.cpu.lower.context import UNWRAPPED, Context, Shifted
 from tilewright.codegen.cpu.lower.nest import expression
-from tilewright.codegen.cpu.lower.ttir import Value
+from tilewright.codegen.cpu.ttir.records import Value
 
 
 def wraps(ctx: Context, value: Value) -> list[Value]:

@@ -3,8 +3,8 @@
 ``1 / (1 + exp(-x))`` overflows where the sigmoid is still a number: it becomes one operation, ``math.sigmoid``.
 """
 
-from tilewright.codegen.cpu.lower.literals import python_value
-from tilewright.codegen.cpu.lower.ttir import F32, F64, Function, Op, Value, walk
+from tilewright.codegen.cpu.ttir.literals import python_value
+from tilewright.codegen.cpu.ttir.records import F32, F64, Function, Op, Value, walk
 
 _SHAPE_ONLY = {"tt.splat", "tt.broadcast", "tt.expand_dims"}
 

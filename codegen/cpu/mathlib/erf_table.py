@@ -5,7 +5,7 @@ Where one instruction looks up 16 numbers in 32, this takes a third of the time 
 rounds to 1 from 61 / 16 up. Interpolated at Chebyshev points in higher precision; the largest error is 1.2 ULP.
 """
 
-from tilewright.codegen.cpu.lower.floatcode import FloatCode
+from tilewright.codegen.cpu.mathlib.floatcode import FloatCode
 
 _STEPS = 8
 _SCALED_BELOW = 15 / 16

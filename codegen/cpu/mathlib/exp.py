@@ -5,7 +5,7 @@
 would lose digits in f32.
 """
 
-from tilewright.codegen.cpu.lower.floatcode import FloatCode
+from tilewright.codegen.cpu.mathlib.floatcode import FloatCode
 
 LN2 = 0.6931471805599453
 LOG2E = 1.4426950408889634

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tilewright.codegen.cpu.lower.convert import const
 from tilewright.codegen.cpu.lower.lanes import LaneBuilder, type_of
-from tilewright.codegen.cpu.lower.ttir import F64, I32, I64, Elem, int_elem
+from tilewright.codegen.cpu.ttir.records import F64, I32, I64, Elem, int_elem
 
 _Writer = Callable[[LaneBuilder, list[str], Elem, int], str]
 

@@ -4,9 +4,9 @@ The functions ending in ``_wide`` compute in f64, to about 1e-11, for results in
 the C library's erfc and exp.
 """
 
-from tilewright.codegen.cpu.lower.floatcode import FloatCode
-from tilewright.codegen.cpu.lower.math_erf_table import erf_from_table
-from tilewright.codegen.cpu.lower.math_exp import exp, exp_wide
+from tilewright.codegen.cpu.mathlib.erf_table import erf_from_table
+from tilewright.codegen.cpu.mathlib.exp import exp, exp_wide
+from tilewright.codegen.cpu.mathlib.floatcode import FloatCode
 
 _ERF = (
     0.12837916572669061, -0.37612625824093415, 0.11283585147030036, -0.026853811869047683, 0.005188327559877521,

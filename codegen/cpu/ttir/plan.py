@@ -8,8 +8,8 @@ use could change what it reads.
 
 from collections.abc import Iterable
 
-from tilewright.codegen.cpu.lower.overlap import Overlaps
-from tilewright.codegen.cpu.lower.ttir import Block, Function, Op, Value, walk
+from tilewright.codegen.cpu.ttir.overlap import Overlaps
+from tilewright.codegen.cpu.ttir.records import Block, Function, Op, Value, walk
 
 # Relative cost of repeating an operation for one vector; anything else is nearly free.
 _COST = {"tt.load": 1, "arith.divf": 2, "math.sqrt": 2, "math.rsqrt": 3, "tt.precise_divf": 2, "tt.precise_sqrt": 2}

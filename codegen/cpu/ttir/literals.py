@@ -4,7 +4,7 @@ import functools
 import math
 import struct
 
-from tilewright.codegen.cpu.lower.ttir import I1, Elem
+from tilewright.codegen.cpu.ttir.records import I1, Elem
 
 
 def float_literal(number: float, bits: int = 32) -> str:

@@ -7,7 +7,7 @@ to about 1e-10, for results in f32.
 
 from collections.abc import Callable
 
-from tilewright.codegen.cpu.lower.floatcode import FloatCode
+from tilewright.codegen.cpu.mathlib.floatcode import FloatCode
 
 PI = 3.141592653589793
 _TWO_OVER_PI = 0.6366197723675814

@@ -1,18 +1,18 @@
 """Mathematical functions as LLVM IR functions, written on demand, one per type and vector width.
 
-In f32 the functions of ``math_exp``, ``math_log``, ``math_trig`` and ``math_erf`` are polynomials after range
-reduction; their coefficients are minimax fits in higher precision (Remez exchange, rounded one by one). 16-bit types
-compute in f32. f64, and functions in little use, call the C library for each lane.
+In f32 the functions of ``exp``, ``log``, ``trig`` and ``erf`` are polynomials after range reduction; their coefficients
+are minimax fits in higher precision (Remez exchange, rounded one by one). 16-bit types compute in f32. f64, and
+functions in little use, call the C library for each lane.
 """
 
 from collections.abc import Callable, Sequence
 
-from tilewright.codegen.cpu.lower import math_erf, math_exp, math_f64, math_log, math_trig
 from tilewright.codegen.cpu.lower.arith import RULES, Rule, float_extreme, in_f32
-from tilewright.codegen.cpu.lower.floatcode import FloatCode
 from tilewright.codegen.cpu.lower.lanes import LaneBuilder, type_of
-from tilewright.codegen.cpu.lower.ttir import F32, Elem, Op
+from tilewright.codegen.cpu.mathlib import erf, exp, f64, log, trig
+from tilewright.codegen.cpu.mathlib.floatcode import FloatCode
 from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.ttir.records import F32, Elem, Op
 
 # Writes a function's body, given its operands; returns its value.
 Body = Callable[..., str]
@@ -22,7 +22,7 @@ def _rsqrt(f: FloatCode, x: str) -> str:
     """With AVX-512 an estimate to 14 bits and a step of Newton's method, which is NaN at 0 and infinity: there the
     estimate is exact."""
     if not f.avx512:
-        return math_f64.rsqrt(f, x)
+        return f64.rsqrt(f, x)
     y = f.avx512_call("rsqrt14", x)
     off = f.fma(f.mul(x, y), f.negative(y), 1.0)
     better = f.fma(f.mul(y, off), 0.5, y)
@@ -30,62 +30,62 @@ def _rsqrt(f: FloatCode, x: str) -> str:
 
 
 _F32: dict[str, Body] = {
-    "exp": math_exp.exp,
-    "exp2": math_exp.exp2,
-    "log": math_log.log,
-    "log2": math_log.log2,
-    "sin": math_trig.sin,
-    "cos": math_trig.cos,
-    "tan": math_trig.tan,
-    "tanh": math_exp.tanh,
-    "erf": math_erf.erf,
-    "sigmoid": math_exp.sigmoid,
+    "exp": exp.exp,
+    "exp2": exp.exp2,
+    "log": log.log,
+    "log2": log.log2,
+    "sin": trig.sin,
+    "cos": trig.cos,
+    "tan": trig.tan,
+    "tanh": exp.tanh,
+    "erf": erf.erf,
+    "sigmoid": exp.sigmoid,
     "rsqrt": _rsqrt,
 }
 # f32 operands and results, computed in f64 to somewhat more than f32's digits.
 _F32_WIDE: dict[str, Body] = {
-    "exp10": math_exp.exp10_wide,
-    "expm1": math_exp.expm1_wide,
-    "sinh": math_exp.sinh_wide,
-    "cosh": math_exp.cosh_wide,
-    "log10": math_log.log10_wide,
-    "log1p": math_log.log1p_wide,
-    "pow": math_log.pow_wide,
-    "cbrt": math_log.cbrt_wide,
-    "rcbrt": math_log.rcbrt_wide,
-    "asinh": math_log.asinh_wide,
-    "acosh": math_log.acosh_wide,
-    "atanh": math_log.atanh_wide,
-    "sinpi": math_trig.sinpi_wide,
-    "cospi": math_trig.cospi_wide,
-    "asin": math_trig.asin_wide,
-    "acos": math_trig.acos_wide,
-    "atan": math_trig.atan_wide,
-    "atan2": math_trig.atan2_wide,
-    "erfc": math_erf.erfc_wide,
-    "erfcx": math_erf.erfcx_wide,
-    "normcdf": math_erf.normcdf_wide,
-    "rsqrt_rn": math_f64.rsqrt,
-    **dict.fromkeys(("hypot", "norm3d", "norm4d"), math_f64.norm_wide),
-    **dict.fromkeys(("rhypot", "rnorm3d", "rnorm4d"), math_f64.rnorm_wide),
+    "exp10": exp.exp10_wide,
+    "expm1": exp.expm1_wide,
+    "sinh": exp.sinh_wide,
+    "cosh": exp.cosh_wide,
+    "log10": log.log10_wide,
+    "log1p": log.log1p_wide,
+    "pow": log.pow_wide,
+    "cbrt": log.cbrt_wide,
+    "rcbrt": log.rcbrt_wide,
+    "asinh": log.asinh_wide,
+    "acosh": log.acosh_wide,
+    "atanh": log.atanh_wide,
+    "sinpi": trig.sinpi_wide,
+    "cospi": trig.cospi_wide,
+    "asin": trig.asin_wide,
+    "acos": trig.acos_wide,
+    "atan": trig.atan_wide,
+    "atan2": trig.atan2_wide,
+    "erfc": erf.erfc_wide,
+    "erfcx": erf.erfcx_wide,
+    "normcdf": erf.normcdf_wide,
+    "rsqrt_rn": f64.rsqrt,
+    **dict.fromkeys(("hypot", "norm3d", "norm4d"), f64.norm_wide),
+    **dict.fromkeys(("rhypot", "rnorm3d", "rnorm4d"), f64.rnorm_wide),
 }
 _F64: dict[str, Body] = {
-    "rsqrt": math_f64.rsqrt,
-    "sigmoid": math_f64.sigmoid,
-    "rcbrt": math_f64.rcbrt,
-    **dict.fromkeys(("norm3d", "norm4d"), math_f64.norm),
-    **dict.fromkeys(("rhypot", "rnorm3d", "rnorm4d"), math_f64.rnorm),
-    "sinpi": math_f64.sinpi,
-    "cospi": math_f64.cospi,
-    "cyl_bessel_i0": math_f64.cyl_bessel_i0,
-    "cyl_bessel_i1": math_f64.cyl_bessel_i1,
-    "erfcx": math_erf.erfcx,
-    "normcdf": math_erf.normcdf,
-    "erfinv": math_erf.erfinv,
-    "erfcinv": math_erf.erfcinv,
-    "normcdfinv": math_erf.normcdfinv,
+    "rsqrt": f64.rsqrt,
+    "sigmoid": f64.sigmoid,
+    "rcbrt": f64.rcbrt,
+    **dict.fromkeys(("norm3d", "norm4d"), f64.norm),
+    **dict.fromkeys(("rhypot", "rnorm3d", "rnorm4d"), f64.rnorm),
+    "sinpi": f64.sinpi,
+    "cospi": f64.cospi,
+    "cyl_bessel_i0": f64.cyl_bessel_i0,
+    "cyl_bessel_i1": f64.cyl_bessel_i1,
+    "erfcx": erf.erfcx,
+    "normcdf": erf.normcdf,
+    "erfinv": erf.erfinv,
+    "erfcinv": erf.erfcinv,
+    "normcdfinv": erf.normcdfinv,
 }
-_SAME_IN_BOTH: dict[str, Body] = {"saturate": math_f64.saturate, "fdim": math_f64.difference}
+_SAME_IN_BOTH: dict[str, Body] = {"saturate": f64.saturate, "fdim": f64.difference}
 _INTRINSICS = {"sqrt": "sqrt", "absf": "fabs", "fabs": "fabs", "floor": "floor", "ceil": "ceil", "fma": "fma"}
 _INTRINSICS |= {"trunc": "trunc", "rint": "roundeven", "nearbyint": "roundeven", "roundeven": "roundeven"}
 _INTRINSICS |= {"round": "round", "copysign": "copysign"}

@@ -1,6 +1,6 @@
 """Replaces calls of functions in the same module by copies of their bodies."""
 
-from tilewright.codegen.cpu.lower.ttir import Block, Function, Module, Op, Value
+from tilewright.codegen.cpu.ttir.records import Block, Function, Module, Op, Value
 from tilewright.errors import UnsupportedOp, Where
 
 

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable
 
-from tilewright.codegen.cpu.lower import ttir
-from tilewright.codegen.cpu.lower.text import Locations, closing, end_of_string, split_top, strip_locations
-from tilewright.codegen.cpu.lower.ttir import Block, Elem, Function, Module, Op, Type, Value
+from tilewright.codegen.cpu.ttir import records
+from tilewright.codegen.cpu.ttir.records import Block, Elem, Function, Module, Op, Type, Value
+from tilewright.codegen.cpu.ttir.text import Locations, closing, end_of_string, split_top, strip_locations
 from tilewright.errors import UnsupportedOp, Where
 
 _SSA = re.compile(r"%[\w$.-]+(?:#\d+)?")
@@ -24,13 +24,13 @@ def parse_elem(text: str) -> Elem:
         ValueError: no such type.
     """
     if text.startswith("!tt.ptr<"):
-        return ttir.ptr_elem(parse_elem(split_top(text[8:-1], ",")[0]))
+        return records.ptr_elem(parse_elem(split_top(text[8:-1], ",")[0]))
     if text == "index":
-        return ttir.I64
+        return records.I64
     if re.fullmatch(r"i\d+", text):
-        return ttir.int_elem(int(text[1:]))
+        return records.int_elem(int(text[1:]))
     try:
-        return ttir.float_elem(text)
+        return records.float_elem(text)
     except KeyError:
         raise ValueError(f"type {text}") from None
 
@@ -216,7 +216,7 @@ class Parser:
         types = split_top(text, ",")
         chosen = self._type(types[-1] if op.name == "arith.select" else types[0], loc)
         if op.name in ("arith.cmpi", "arith.cmpf"):
-            return [chosen.with_elem(ttir.I1)]
+            return [chosen.with_elem(records.I1)]
         if op.name == "tt.load":
             assert chosen.elem.pointee is not None
             return [chosen.with_elem(chosen.elem.pointee)]

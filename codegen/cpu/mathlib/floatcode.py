@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 
 from tilewright.codegen.cpu.lower.builder import Builder
 from tilewright.codegen.cpu.lower.convert import const, typed
-from tilewright.codegen.cpu.lower.literals import float_literal
-from tilewright.codegen.cpu.lower.ttir import F32, F64, Elem
+from tilewright.codegen.cpu.ttir.literals import float_literal
+from tilewright.codegen.cpu.ttir.records import F32, F64, Elem
 
 _FRACTION = {32: 23, 64: 52}  # bits below the exponent
 _BIAS = {32: 127, 64: 1023}

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from tilewright.codegen.cpu.lower.convert import const, typed
 from tilewright.codegen.cpu.lower.lanes import LaneBuilder, type_of
-from tilewright.codegen.cpu.lower.literals import float_literal
-from tilewright.codegen.cpu.lower.ttir import F32, F64, Elem
+from tilewright.codegen.cpu.ttir.literals import float_literal
+from tilewright.codegen.cpu.ttir.records import F32, F64, Elem
 
 # Numbers of ``llvm.set.rounding``.
 _MODES = {"rz": 0, "rn": 1, "ru": 2, "rd": 3}

@@ -8,7 +8,7 @@ the product is computed in f32.
 
 from collections.abc import Sequence
 
-from tilewright.codegen.cpu.lower.ttir import BF16, F16, F32, I1, I32, Block, Elem, Function, Op, Type, Value
+from tilewright.codegen.cpu.ttir.records import BF16, F16, F32, I1, I32, Block, Elem, Function, Op, Type, Value
 
 _NAN_SCALE = 255
 # f32 with the exponent and the mantissa bit of e2m1 in the right places is this much too small: bias 127 against 1.

@@ -5,8 +5,8 @@ is the same if the store writes an element where the load has just read it, and 
 as when a tile is moved along in its memory or turned in place.
 """
 
-from tilewright.codegen.cpu.lower.origin import Origins
-from tilewright.codegen.cpu.lower.ttir import Function, Op, Value
+from tilewright.codegen.cpu.ttir.origin import Origins
+from tilewright.codegen.cpu.ttir.records import Function, Op, Value
 
 # Made of these, an address that varies along every axis is taken to be another one at every point.
 _INDEX = {

@@ -13,7 +13,7 @@ New operations, all lazy: ``tile.exchange`` (the partner), ``tile.pick`` (the el
 import math
 from collections.abc import Sequence
 
-from tilewright.codegen.cpu.lower.ttir import I32, Block, Function, Op, Type, Value, walk
+from tilewright.codegen.cpu.ttir.records import I32, Block, Function, Op, Type, Value, walk
 
 _Key = tuple[Value, tuple[int, ...]]
 _SHAPED = {"tt.splat", "arith.constant"}

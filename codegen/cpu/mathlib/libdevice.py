@@ -9,10 +9,10 @@ from collections.abc import Callable
 from tilewright.codegen.cpu.lower.arith import Rule
 from tilewright.codegen.cpu.lower.convert import const, typed
 from tilewright.codegen.cpu.lower.lanes import LaneBuilder, type_of
-from tilewright.codegen.cpu.lower.libdevice_int import INTEGER_FUNCTIONS
-from tilewright.codegen.cpu.lower.mathfn import FUNCTIONS, MathLibrary
-from tilewright.codegen.cpu.lower.rounding import from_integer, rounded, to_integer
-from tilewright.codegen.cpu.lower.ttir import F32, F64, I32, I64, Elem, Op
+from tilewright.codegen.cpu.mathlib.functions import FUNCTIONS, MathLibrary
+from tilewright.codegen.cpu.mathlib.libdevice_integer import INTEGER_FUNCTIONS
+from tilewright.codegen.cpu.mathlib.rounding import from_integer, rounded, to_integer
+from tilewright.codegen.cpu.ttir.records import F32, F64, I32, I64, Elem, Op
 
 # Takes the library, the builder, the operands, the first one's element type, and the width.
 _Entry = Callable[[MathLibrary, LaneBuilder, list[str], Elem, int], str]

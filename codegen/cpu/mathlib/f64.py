@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 
-from tilewright.codegen.cpu.lower.floatcode import FloatCode
-from tilewright.codegen.cpu.lower.math_trig import of_pi_multiple
+from tilewright.codegen.cpu.mathlib.floatcode import FloatCode
+from tilewright.codegen.cpu.mathlib.trig import of_pi_multiple
 
 _INF = float("inf")
 _BESSEL_SPLIT = 20.0
@@ -16,7 +16,7 @@ def rsqrt(w: FloatCode, x: str) -> str:
 
 
 def sigmoid(w: FloatCode, x: str) -> str:
-    """Without overflow, as ``math_exp.sigmoid``."""
+    """Without overflow, as ``exp.sigmoid``."""
     e = w.libm("exp", w.negative(w.abs(x)))
     return w.div(w.choose(w.compare("olt", x, 0.0), e, 1.0), w.add(e, 1.0))
 

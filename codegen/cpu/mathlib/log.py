@@ -4,8 +4,8 @@
 2016, chapter 11). The functions ending in ``_wide`` compute in f64, to about 1e-10, for results in f32.
 """
 
-from tilewright.codegen.cpu.lower.floatcode import FloatCode
-from tilewright.codegen.cpu.lower.math_exp import LN2, LOG2E, exp2_wide
+from tilewright.codegen.cpu.mathlib.exp import LN2, LOG2E, exp2_wide
+from tilewright.codegen.cpu.mathlib.floatcode import FloatCode
 
 INF, NAN = float("inf"), float("nan")
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06  # products of the first with exponents are exact

@@ -1,6 +1,6 @@
 """Which pointer parameters a pointer is made from: an access through it may touch their memory and no other."""
 
-from tilewright.codegen.cpu.lower.ttir import Block, Function, Op, Value, walk
+from tilewright.codegen.cpu.ttir.records import Block, Function, Op, Value, walk
 
 # Operations whose pointers are those of an operand, moved, copied or chosen from.
 _FIRST = {
