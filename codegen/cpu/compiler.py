@@ -133,7 +133,7 @@ class CpuBackend(BaseBackend):
         return CpuTarget.from_key(str(self.target.arch))
 
     def _lower(self, module: Any, metadata: dict[str, Any], options: CpuOptions) -> str:
-        from tilewright.codegen.cpu.lower import lower_module
+        from tilewright.codegen.cpu.lower.kernel import lower_module
 
         name = module.get_entry_func_name()
         lowered = _or_codegen_error(

@@ -1,7 +1,7 @@
 """Random kernels: loops, branches, and memory that is written and read in one kernel; see ``random_operations``."""
 
 import torch
-from kernels.random_kernels import _DIGITS, _DTYPES, Var, Writer, wrapped
+from random_kernels import _DIGITS, _DTYPES, Var, Writer, wrapped
 
 
 def loop(w: Writer) -> None:

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from kernels.random_flow import atomic, branch, loop, loop_in_loop, moved_in_place
-from kernels.random_kernels import _BITS, _DTYPES, RandomKernel, Var, Writer, wrapped
+from random_flow import atomic, branch, loop, loop_in_loop, moved_in_place
+from random_kernels import _BITS, _DTYPES, RandomKernel, Var, Writer, wrapped
 from torch import Tensor
 
 _INT_KINDS = ("int32", "int32", "int64", "int8", "int16")

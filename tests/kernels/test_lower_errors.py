@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tilewright.codegen.cpu.lower import lower_module
+from tilewright.codegen.cpu.lower.kernel import lower_module
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.codegen.cpu.ttir.parser import parse_module, parse_type
 from tilewright.codegen.cpu.ttir.records import walk

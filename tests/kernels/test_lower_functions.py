@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from tilewright.codegen.cpu.lower import lower_module
+from tilewright.codegen.cpu.lower.kernel import lower_module
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.errors import CodegenError, UnsupportedOp
 

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from kernels.foreign_processor import missing_tools, run_on_arm64
-from kernels.random_operations import random_kernel
-from kernels.test_random_kernels import check, copies, load_kernel, run_and_check
+from foreign_processor import missing_tools, run_on_arm64
+from random_operations import random_kernel
+from test_random_kernels import check, copies, load_kernel, run_and_check
 
 from tilewright import settings
 from tilewright.codegen.cpu.target import CpuTarget

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.random_kernels import RandomKernel
-from kernels.random_operations import random_kernel
+from random_kernels import RandomKernel
+from random_operations import random_kernel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KERNELS, CHUNK = 320, 16
@@ -65,8 +65,8 @@ def test_the_interpreter_agrees(tmp_path: Path) -> None:
     code = f"""
 import sys
 from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from kernels.test_random_kernels import run_and_check
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_random_kernels import run_and_check
 run_and_check({seeds}, Path({str(tmp_path)!r}))
 """
     environment = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -5,7 +5,3 @@
 ``mathlib``) as ``lanes``, in the loops of ``nest`` or into ``tiles`` of scratch memory, and ``builder`` writes the LLVM
 IR.
 """
-
-from tilewright.codegen.cpu.lower.kernel import Lowered, lower_module
-
-__all__ = ["Lowered", "lower_module"]
