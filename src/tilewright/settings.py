@@ -1,7 +1,8 @@
 """The ONE table of settings: environment name, type, default and help of each.
 
 Nothing else in the project reads environment variables. A value is read when it is used, so a change of
-the environment takes effect at once; ``scope`` overrides values for the duration of a ``with`` block.
+the environment takes effect at once, but for what every launch asks for (``get_once``); ``scope`` overrides values for
+the duration of a ``with`` block.
 """
 
 import os

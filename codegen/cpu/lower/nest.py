@@ -5,15 +5,12 @@ from dataclasses import dataclass
 
 from tilewright.codegen.cpu.lower.context import UNWRAPPED, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Mask, Point, Uniform, is_const
+from tilewright.codegen.cpu.ttir.overlap import INDEX_OPS
 from tilewright.codegen.cpu.ttir.plan import MOVES, is_lazy
 from tilewright.codegen.cpu.ttir.records import I32, Value
 
 # Vectors of one loop iteration; more only lengthen the code, the processor overlaps iterations by itself.
 UNROLL = 4
-_INDEX_OPS = {
-    "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.constant", "tt.make_range", "tt.splat",
-    "tt.expand_dims", "tt.broadcast", "tt.addptr", "tt.bitcast",
-}  # fmt: skip
 # Gets the point and whether all lanes lie inside the bounds.
 Body = Callable[[Point, bool], None]
 # Writes the vector loop of one row: gets the row's first point, and what writes the loop around a body.
@@ -73,7 +70,7 @@ def index_like(ctx: Context, value: Value) -> bool:
     return all(
         not v.type.is_tensor
         or v in ctx.unwrapped
-        or (v not in ctx.bindings and v.op is not None and v.op.name in _INDEX_OPS)
+        or (v not in ctx.bindings and v.op is not None and v.op.name in INDEX_OPS)
         for v in expression(ctx, value)
     )
 

@@ -8,8 +8,9 @@ as when a tile is moved along in its memory or turned in place.
 from tilewright.codegen.cpu.ttir.origin import Origins
 from tilewright.codegen.cpu.ttir.records import Function, Op, Value
 
-# Made of these, an address that varies along every axis is taken to be another one at every point.
-_INDEX = {
+# Index arithmetic, cheap to evaluate anywhere. Made of these, an address that varies along every axis is taken to be
+# another one at every point.
+INDEX_OPS = {
     "arith.addi", "arith.subi", "arith.muli", "arith.extsi", "arith.constant", "tt.make_range", "tt.splat",
     "tt.expand_dims", "tt.broadcast", "tt.addptr", "tt.bitcast",
 }  # fmt: skip
@@ -48,7 +49,7 @@ def _same(a: Value, b: Value) -> bool:
     if a is b:
         return True
     x, y = a.op, b.op
-    if x is None or y is None or x.name != y.name or x.name not in _INDEX or a.type != b.type:
+    if x is None or y is None or x.name != y.name or x.name not in INDEX_OPS or a.type != b.type:
         return False
     return x.attrs == y.attrs and all(_same(v, w) for v, w in zip(x.operands, y.operands, strict=True))
 
@@ -62,7 +63,7 @@ def _plain(pointer: Value) -> bool:
             continue
         if value.op.regions:
             continue
-        if value.op.name not in _INDEX:
+        if value.op.name not in INDEX_OPS:
             return False
         for operand in value.op.operands:
             if operand not in seen:
