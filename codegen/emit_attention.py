@@ -88,6 +88,8 @@ class _Attention:
         self.evaluator = Evaluator(call.graph, self.writer, inputs)
         self.given: dict[str, Any] = arguments(anchor)
         self.packed = anchor.target == packing.attention_packed.default
+        # Queries that are not all tokens stand at other rows than their keys: only slots tell how far apart they are.
+        self.apart = self.packed and self.given["slots_q"] is not self.given["slots_k"]
         query, value = fact(self.given["q"], TensorType), fact(self.given["v"], TensorType)
         self.heads = query.shape[1]
         self.group = self._static(self.heads) // self._static(fact(self.given["k"], TensorType).shape[1])
@@ -104,7 +106,7 @@ class _Attention:
 
     def emit(self) -> KernelStep:
         """The step."""
-        batch = fact(self.given["cu_seqlens"], TensorType).shape[0] - 1 if self.packed else self._shape("q")[0]
+        batch = fact(self.given["cu_seqlens_q"], TensorType).shape[0] - 1 if self.packed else self._shape("q")[0]
         writer = self.writer
         writer.reserve(*_NAMES)
         writer.constants.update(BLOCK_M=_QUERIES)
@@ -137,16 +139,20 @@ class _Attention:
     def _open_packed(self, sequence: Index, head: Index) -> Iterator[Place]:
         """Tiles past the end of a short sequence do nothing."""
         writer, value = self.writer, self.evaluator.value
-        first = value(self.given["cu_seqlens"], (sequence,)).text
-        last = value(self.given["cu_seqlens"], (sequence + 1,)).text
+        first = value(self.given["cu_seqlens_q"], (sequence,)).text
+        last = value(self.given["cu_seqlens_q"], (sequence + 1,)).text
         with writer.block(f"if {first} + tile < {last}:"):
             key = value(self.given["key_start"], (sequence,)).text
             count = value(self.given["seqlens_k"], (sequence,)).text
             writer.statement(f"top = ({first} + tile).to(tl.int64)")
             writer.statement(f"key_first = {key}.to(tl.int64)")
             writer.statement(f"key_last = key_first + {count}")
-            self._limit_keys("top")
-            yield Place(sequence, head, self._rows("top", self._shape("q")[0], last), "key_first", "key_last")
+            row = self._rows("top", self._shape("q")[0], last)
+            if self.apart:
+                self._limit_keys_by_slot(row)
+            else:
+                self._limit_keys("top")
+            yield Place(sequence, head, row, "key_first", "key_last")
 
     @contextmanager
     def _open_padded(self, sequence: Index, head: Index) -> Iterator[Place]:
@@ -164,6 +170,14 @@ class _Attention:
             self.writer.statement(f"key_last = tl.minimum(key_last, {end})")
         if self.given["window_left"] >= 0:
             self.writer.statement(f"key_first = tl.maximum(key_first, {top} - {self.given['window_left']})")
+
+    def _limit_keys_by_slot(self, row: Index) -> None:
+        """As above: the first key of a sequence has slot 0 or more, and slots rise at least as fast as rows."""
+        right = 0 if self.given["causal"] else self.given["window_right"]
+        if right >= 0:
+            slot = self.writer.index_text(self._slot(row, "q"))
+            end = f"key_first + tl.max(tl.where(row_mask, {slot}, 0)) + {right + 1}"
+            self.writer.statement(f"key_last = tl.minimum(key_last, {end})")
 
     def _rows(self, top: str, bound: Size, last: str) -> Index:
         self.writer.statement(f"rows = {top} + tl.arange(0, BLOCK_M)[:, None]")
@@ -264,13 +278,14 @@ class _Attention:
             writer.statement(f"scores = scores * {literal(scale * _LOG2_E)}")
         if isinstance(given["bias"], Node):
             shape = fact(given["bias"], TensorType).shape
-            full = (place.sequence, place.head, self._slot(place.row), self._slot(key))
+            full = (place.sequence, place.head, self._slot(place.row, "q"), self._slot(key, "k"))
             bias = self.evaluator.number(given["bias"], broadcast(full[4 - len(shape) :], shape), self.compute)
             writer.statement(f"scores = scores + {bias.text} * {_LOG2_E}")
         writer.statement(f'scores = tl.where({" & ".join(self._allowed(place, key))}, scores, float("-inf"))')
 
-    def _slot(self, row: Index) -> Index:
-        return self.evaluator.loaded_index(self.given["slots"], (row,), self.length) if self.packed else row
+    def _slot(self, row: Index, of: str) -> Index:
+        """The column of a query ("q") or a key ("k") in the padded batch."""
+        return self.evaluator.loaded_index(self.given[f"slots_{of}"], (row,), self.length) if self.packed else row
 
     def _allowed(self, place: Place, key: Index) -> list[str]:
         """Conditions under which a query sees a key."""
@@ -279,15 +294,17 @@ class _Attention:
         offset = constant(0) if self.packed else constant(self.key_length - self.length)
         if isinstance(given.get("valid"), Node):
             conditions.append(self.evaluator.number(given["valid"], (place.sequence, key), torch.bool).text)
-        if given["causal"]:
+        if given["causal"] and self.apart:
+            conditions.append(f"({text(self._slot(key, 'k'))} <= {text(self._slot(place.row, 'q'))})")
+        elif given["causal"]:
             # Rows of a sequence are in the order of their slots.
             conditions.append(f"(keys <= {text(place.row + offset)})")
         if given["window_left"] >= 0:
-            query = self._slot(place.row) + offset + constant(-given["window_left"])
-            conditions.append(f"({text(self._slot(key))} >= {text(query)})")
+            query = self._slot(place.row, "q") + offset + constant(-given["window_left"])
+            conditions.append(f"({text(self._slot(key, 'k'))} >= {text(query)})")
         if given["window_right"] >= 0:
-            query = self._slot(place.row) + offset + constant(given["window_right"])
-            conditions.append(f"({text(self._slot(key))} <= {text(query)})")
+            query = self._slot(place.row, "q") + offset + constant(given["window_right"])
+            conditions.append(f"({text(self._slot(key, 'k'))} <= {text(query)})")
         return conditions
 
     def _store(self, place: Place) -> None:

@@ -263,7 +263,7 @@ class PackingRewriter:
         rows = [self.operand(x, 4, operand_layout) for x in (q, k, v)]
         optional = [None if x is None else self.plain(x) for x in (bias, sinks)]
         index = self.build.index
-        offsets = (index.cu_seqlens, index.key_start, index.seqlens_k, index.slots)
+        offsets = (index.cu_seqlens, index.key_start, index.seqlens_k, index.slots, index.slots)
         args = (*rows, *offsets, *optional, self.build.size(SEQ), *rest)
         type_ = packed_type(fact(node, TensorType), layout)
         packed = Layout(LayoutKind.PACKED, 0, 1)

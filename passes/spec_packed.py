@@ -24,7 +24,7 @@ _FROM_INDEX: dict[Any, dict[int, int]] = {
     tw.gather_rows.default: {1: 0},
     tw.scatter_rows.default: {1: 0},
     tw.first_rows.default: {1: 2},
-    tw.attention_packed.default: {3: 2, 4: 3, 5: 4, 6: 1},
+    tw.attention_packed.default: {3: 2, 4: 3, 5: 4, 6: 1, 7: 1},
 }
 
 

@@ -134,7 +134,7 @@ def bert_layer(g: GraphBuilder, x: Node, index: dict[str, Node], prefix: str, he
     q, k, v = (g.linear(x, f"{prefix}_{part}", n) for part in "qkv")
     rows = g.size(x, 0)
     q, k, v = (g.call(aten.reshape.default, part, [rows, heads, n // heads]) for part in (q, k, v))
-    offsets = [index[key] for key in ("cu_seqlens", "key_start", "seqlens_k", "slots")]
+    offsets = [index[key] for key in ("cu_seqlens", "key_start", "seqlens_k", "slots", "slots")]
     scale = (n // heads) ** -0.5
     context = g.call(
         packing.attention_packed.default,

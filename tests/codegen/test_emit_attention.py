@@ -55,7 +55,7 @@ def packed(
     if sinks:
         extra[1] = body.input((query_heads,), dtype)
         tensors.append(torch.randn(query_heads).to(dtype))
-    out = body.call(ops.attention_packed.default, *parts, *index, *extra, SEQ, size**-0.5, *window, softcap)
+    out = body.call(ops.attention_packed.default, *parts, *index, index[-1], *extra, SEQ, size**-0.5, *window, softcap)
     merged = body.call(aten.reshape.default, out, [TOKENS, query_heads * value_size])
     gm = body.module(body.call(aten.mul.Tensor, merged, 2.0))
     run_sizes = {BATCH: batch, SEQ: length, TOKENS: row_index.shape[0]}
@@ -168,7 +168,28 @@ def test_keys_and_queries_that_are_computed() -> None:
     index.append(body.input((TOKENS,), torch.int32))
     weight = body.input((24,))
     normed = [body.call(aten.rms_norm.default, x, [24], weight, 1e-6) for x in (q, k)]
-    out = body.call(ops.attention_packed.default, *normed, v, *index, None, None, SEQ, 0.2, False, -1, -1, 0.0)
+    out = body.call(
+        ops.attention_packed.default, *normed, v, *index, index[-1], None, None, SEQ, 0.2, False, -1, -1, 0.0
+    )
     tensors = [*torch.randn(3, row_index.shape[0], 2, 24), *offsets, slots, torch.randn(24)]
     sizes = {BATCH: 2, SEQ: 40, TOKENS: row_index.shape[0]}
+    assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION)
+
+
+@pytest.mark.parametrize("window", [(False, -1, -1), (True, -1, -1), (False, 5, 7), (True, 9, -1)], ids=str)
+def test_queries_that_are_some_of_the_tokens(window: tuple[bool, int, int]) -> None:
+    """One query of each sequence, at any of its slots; keys are all valid tokens."""
+    valid = torch.rand(5, 90) < 0.6
+    valid[2] = False
+    row_index, slots, _, key_start, seqlens_k = ops.pack_index(valid, False)
+    body = Body()
+    q, k, v = body.input((BATCH, 2, 24)), body.input((TOKENS, 2, 24)), body.input((TOKENS, 2, 24))
+    index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(3)]
+    index.append(body.input((TOKENS,), torch.int32))
+    out = body.call(ops.attention_packed.default, q, k, v, *index, None, None, SEQ, 0.2, *window, 0.0)
+    asked = torch.tensor([0, 89, 3, 45, 60], dtype=torch.int32)
+    rows = torch.randn(2, row_index.shape[0], 2, 24)
+    offsets = torch.arange(6, dtype=torch.int32)
+    tensors = [torch.randn(5, 2, 24), *rows, offsets, key_start, seqlens_k, asked, slots]
+    sizes = {BATCH: 5, SEQ: 90, TOKENS: row_index.shape[0]}
     assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION)

@@ -65,7 +65,7 @@ def attention_packed(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
     slots = body.input((TOKENS,), torch.int32)
     more = (None, None, SEQ, 0.125, True, 100, -1, 0.0)
     return kernel_steps(
-        body, [body.call(ops.attention_packed.default, q, k, v, *index, slots, *more)], Anchor.ATTENTION
+        body, [body.call(ops.attention_packed.default, q, k, v, *index, slots, slots, *more)], Anchor.ATTENTION
     )
 
 

@@ -118,10 +118,11 @@ def attention_packed_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor,
     key_start: Tensor,
     seqlens_k: Tensor,
-    slots: Tensor,
+    slots_q: Tensor,
+    slots_k: Tensor,
     bias: Tensor | None,
     sinks: Tensor | None,
     max_seqlen: int,
@@ -133,35 +134,41 @@ def attention_packed_reference(
 ) -> Tensor:
     """Attention over packed tokens: queries of sequence b see only keys of sequence b.
 
+    Queries have rows of their own: all tokens, or only those whose results are needed.
+
     Args:
-        q: [T, Hq, D]. k: [T, Hkv, D]. v: [T, Hkv, Dv]. Any strides.
-        cu_seqlens: [B + 1] int32, first packed row of each sequence; the last entry is T.
+        q: [Tq, Hq, D]. k: [T, Hkv, D]. v: [T, Hkv, Dv]. Any strides.
+        cu_seqlens_q: [B + 1] int32, first query row of each sequence; the last entry is Tq.
         key_start: [B] int32, first packed row that is a valid key of each sequence.
         seqlens_k: [B] int32, number of valid keys; they are contiguous from ``key_start``.
-        slots: [T] int32, column each packed row had in the padded batch; causal order and windows are on slots.
+        slots_q: [Tq] int32, column each query had in the padded batch, rising within a sequence.
+        slots_k: [T] int32, the same of keys; causal order and windows are on slots.
         bias: broadcastable to [B, Hq, S, S], indexed by slots.
         sinks: [Hq].
         max_seqlen: padded length S, an upper bound of every length.
         Others as in ``attention``.
 
     Returns:
-        [T, Hq, Dv], contiguous. A query with no allowed key gives zeros.
+        [Tq, Hq, Dv], contiguous. A query with no allowed key gives zeros.
     """
-    tokens, batch = q.shape[0], cu_seqlens.shape[0] - 1
-    rows = torch.arange(tokens, device=q.device)
-    sequence = (rows[:, None] >= cu_seqlens[None, 1:]).sum(dim=1)
-    place = sequence * max_seqlen + slots.long()
-    is_key = (rows >= key_start[sequence]) & (rows < key_start[sequence] + seqlens_k[sequence])
+    batch = cu_seqlens_q.shape[0] - 1
+    query_sequence = (torch.arange(q.shape[0], device=q.device)[:, None] >= cu_seqlens_q[None, 1:]).sum(dim=1)
+    query_place = query_sequence * max_seqlen + slots_q.long()
+    rows = torch.arange(k.shape[0], device=k.device)[:, None]
+    is_key_of = (rows >= key_start[None]) & (rows < (key_start + seqlens_k)[None])
+    # A row that is no key of any sequence goes to a place after the last one, which is cut off again.
+    number = torch.arange(batch, device=k.device)[None]
+    key_sequence = torch.where(is_key_of.any(dim=1), (is_key_of * number).sum(dim=1), batch)
+    key_place = torch.where(key_sequence < batch, key_sequence * max_seqlen + slots_k.long(), batch * max_seqlen)
 
-    def padded(x: Tensor) -> Tensor:
-        flat = x.new_zeros((batch * max_seqlen, *x.shape[1:])).index_put((place,), x)
+    def padded(x: Tensor, place: Tensor) -> Tensor:
+        flat = x.new_zeros((batch * max_seqlen + 1, *x.shape[1:])).index_put((place,), x)[: batch * max_seqlen]
         return flat.view(batch, max_seqlen, *x.shape[1:]).transpose(1, 2)
 
-    valid = is_key.new_zeros(batch * max_seqlen).index_put((place,), is_key).view(batch, max_seqlen)
-    out = attention_reference(
-        padded(q), padded(k), padded(v), valid, bias, sinks, scale, causal, window_left, window_right, softcap
-    )
-    return out.reshape(batch * max_seqlen, q.shape[1], v.shape[2])[place]
+    valid = padded(torch.ones_like(key_place, dtype=torch.bool)[:, None], key_place)[:, 0]
+    q, k, v = padded(q, query_place), padded(k, key_place), padded(v, key_place)
+    out = attention_reference(q, k, v, valid, bias, sinks, scale, causal, window_left, window_right, softcap)
+    return out.reshape(batch * max_seqlen, q.shape[1], v.shape[3])[query_place]
 
 
 attention_packed = torch.library.custom_op("tilewright::attention_packed", attention_packed_reference, mutates_args=())
