@@ -95,9 +95,13 @@ class _Attention:
         self.group = self._static(self.heads) // self._static(fact(self.given["k"], TensorType).shape[1])
         self.size, self.value_size = self._static(query.shape[-1]), self._static(value.shape[-1])
         self.dtype, self.compute = query.dtype, compute_dtype(query.dtype)
-        self.length = size_of(self.given["max_seqlen"]) if self.packed else query.shape[2]
-        self.key_length = self.length if self.packed else fact(self.given["k"], TensorType).shape[2]
+        self.length = size_of(self.given["max_seqlen_q"]) if self.packed else query.shape[2]
+        self.key_length = (
+            size_of(self.given["max_seqlen_k"]) if self.packed else fact(self.given["k"], TensorType).shape[2]
+        )
         self.kind = TL_TYPES[self.compute]
+        few = isinstance(self.length, int) and self.length <= _LEAST_DOT
+        self.block = _LEAST_DOT if few else _QUERIES
 
     def _static(self, size: Size) -> int:
         if not isinstance(size, int):
@@ -109,7 +113,7 @@ class _Attention:
         batch = fact(self.given["cu_seqlens_q"], TensorType).shape[0] - 1 if self.packed else self._shape("q")[0]
         writer = self.writer
         writer.reserve(*_NAMES)
-        writer.constants.update(BLOCK_M=_QUERIES)
+        writer.constants.update(BLOCK_M=self.block)
         writer.statement("tile = tl.program_id(0) * BLOCK_M")
         writer.statement("head = tl.program_id(1)")
         writer.statement("sequence = tl.program_id(2).to(tl.int64)")
@@ -123,10 +127,10 @@ class _Attention:
         return finish(
             writer,
             family="attention",
-            summary=f"Attention -> [{shape}] by online softmax. A program computes {_QUERIES} queries of one head.",
+            summary=f"Attention -> [{shape}] by online softmax. A program computes {self.block} queries of one head.",
             nodes=needed_nodes([node for node, _ in self.results], self.inputs),
             variables={**self.evaluator.used, self.anchor: "attention"},
-            grid=(ceil_div(self.length, _QUERIES), self.heads, batch),
+            grid=(ceil_div(self.length, self.block), self.heads, batch),
             writes=[view for _, view in self.results],
             num_warps=4,
             num_stages=2,
@@ -285,7 +289,7 @@ class _Attention:
 
     def _slot(self, row: Index, of: str) -> Index:
         """The column of a query ("q") or a key ("k") in the padded batch."""
-        return self.evaluator.loaded_index(self.given[f"slots_{of}"], (row,), self.length) if self.packed else row
+        return self.evaluator.loaded_index(self.given[f"slots_{of}"], (row,), self.key_length) if self.packed else row
 
     def _allowed(self, place: Place, key: Index) -> list[str]:
         """Conditions under which a query sees a key."""

@@ -264,7 +264,7 @@ class PackingRewriter:
         optional = [None if x is None else self.plain(x) for x in (bias, sinks)]
         index = self.build.index
         offsets = (index.cu_seqlens, index.key_start, index.seqlens_k, index.slots, index.slots)
-        args = (*rows, *offsets, *optional, self.build.size(SEQ), *rest)
+        args = (*rows, *offsets, *optional, self.build.size(SEQ), self.build.size(SEQ), *rest)
         type_ = packed_type(fact(node, TensorType), layout)
         packed = Layout(LayoutKind.PACKED, 0, 1)
         return self.build.call(tw.attention_packed.default, args, type_, node, packed, name=node.name)

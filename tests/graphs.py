@@ -138,7 +138,7 @@ def bert_layer(g: GraphBuilder, x: Node, index: dict[str, Node], prefix: str, he
     scale = (n // heads) ** -0.5
     context = g.call(
         packing.attention_packed.default,
-        *(q, k, v, *offsets, None, None, index["length"], scale, False, -1, -1, 0.0),
+        *(q, k, v, *offsets, None, None, index["length"], index["length"], scale, False, -1, -1, 0.0),
         name=f"{prefix}_attention",
     )
     merged = g.call(aten.reshape.default, context, [rows, n])

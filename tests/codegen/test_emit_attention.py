@@ -55,7 +55,9 @@ def packed(
     if sinks:
         extra[1] = body.input((query_heads,), dtype)
         tensors.append(torch.randn(query_heads).to(dtype))
-    out = body.call(ops.attention_packed.default, *parts, *index, index[-1], *extra, SEQ, size**-0.5, *window, softcap)
+    out = body.call(
+        ops.attention_packed.default, *parts, *index, index[-1], *extra, SEQ, SEQ, size**-0.5, *window, softcap
+    )
     merged = body.call(aten.reshape.default, out, [TOKENS, query_heads * value_size])
     gm = body.module(body.call(aten.mul.Tensor, merged, 2.0))
     run_sizes = {BATCH: batch, SEQ: length, TOKENS: row_index.shape[0]}
@@ -169,7 +171,7 @@ def test_keys_and_queries_that_are_computed() -> None:
     weight = body.input((24,))
     normed = [body.call(aten.rms_norm.default, x, [24], weight, 1e-6) for x in (q, k)]
     out = body.call(
-        ops.attention_packed.default, *normed, v, *index, index[-1], None, None, SEQ, 0.2, False, -1, -1, 0.0
+        ops.attention_packed.default, *normed, v, *index, index[-1], None, None, SEQ, SEQ, 0.2, False, -1, -1, 0.0
     )
     tensors = [*torch.randn(3, row_index.shape[0], 2, 24), *offsets, slots, torch.randn(24)]
     sizes = {BATCH: 2, SEQ: 40, TOKENS: row_index.shape[0]}
@@ -186,7 +188,7 @@ def test_queries_that_are_some_of_the_tokens(window: tuple[bool, int, int]) -> N
     q, k, v = body.input((BATCH, 2, 24)), body.input((TOKENS, 2, 24)), body.input((TOKENS, 2, 24))
     index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(3)]
     index.append(body.input((TOKENS,), torch.int32))
-    out = body.call(ops.attention_packed.default, q, k, v, *index, None, None, SEQ, 0.2, *window, 0.0)
+    out = body.call(ops.attention_packed.default, q, k, v, *index, None, None, 1, SEQ, 0.2, *window, 0.0)
     asked = torch.tensor([0, 89, 3, 45, 60], dtype=torch.int32)
     rows = torch.randn(2, row_index.shape[0], 2, 24)
     offsets = torch.arange(6, dtype=torch.int32)

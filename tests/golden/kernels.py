@@ -63,7 +63,7 @@ def attention_packed(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
         body.input((BATCH,), torch.int32),
     ]
     slots = body.input((TOKENS,), torch.int32)
-    more = (None, None, SEQ, 0.125, True, 100, -1, 0.0)
+    more = (None, None, SEQ, SEQ, 0.125, True, 100, -1, 0.0)
     return kernel_steps(
         body, [body.call(ops.attention_packed.default, q, k, v, *index, slots, slots, *more)], Anchor.ATTENTION
     )

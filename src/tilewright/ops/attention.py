@@ -125,7 +125,8 @@ def attention_packed_reference(
     slots_k: Tensor,
     bias: Tensor | None,
     sinks: Tensor | None,
-    max_seqlen: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
     scale: float,
     causal: bool,
     window_left: int,
@@ -145,7 +146,8 @@ def attention_packed_reference(
         slots_k: [T] int32, the same of keys; causal order and windows are on slots.
         bias: broadcastable to [B, Hq, S, S], indexed by slots.
         sinks: [Hq].
-        max_seqlen: padded length S, an upper bound of every length.
+        max_seqlen_q: upper bound of the number of queries of a sequence.
+        max_seqlen_k: padded length S: upper bound of the number of keys of a sequence and of all slots.
         Others as in ``attention``.
 
     Returns:
@@ -153,22 +155,22 @@ def attention_packed_reference(
     """
     batch = cu_seqlens_q.shape[0] - 1
     query_sequence = (torch.arange(q.shape[0], device=q.device)[:, None] >= cu_seqlens_q[None, 1:]).sum(dim=1)
-    query_place = query_sequence * max_seqlen + slots_q.long()
+    query_place = query_sequence * max_seqlen_k + slots_q.long()
     rows = torch.arange(k.shape[0], device=k.device)[:, None]
     is_key_of = (rows >= key_start[None]) & (rows < (key_start + seqlens_k)[None])
     # A row that is no key of any sequence goes to a place after the last one, which is cut off again.
     number = torch.arange(batch, device=k.device)[None]
     key_sequence = torch.where(is_key_of.any(dim=1), (is_key_of * number).sum(dim=1), batch)
-    key_place = torch.where(key_sequence < batch, key_sequence * max_seqlen + slots_k.long(), batch * max_seqlen)
+    key_place = torch.where(key_sequence < batch, key_sequence * max_seqlen_k + slots_k.long(), batch * max_seqlen_k)
 
     def padded(x: Tensor, place: Tensor) -> Tensor:
-        flat = x.new_zeros((batch * max_seqlen + 1, *x.shape[1:])).index_put((place,), x)[: batch * max_seqlen]
-        return flat.view(batch, max_seqlen, *x.shape[1:]).transpose(1, 2)
+        flat = x.new_zeros((batch * max_seqlen_k + 1, *x.shape[1:])).index_put((place,), x)[: batch * max_seqlen_k]
+        return flat.view(batch, max_seqlen_k, *x.shape[1:]).transpose(1, 2)
 
     valid = padded(torch.ones_like(key_place, dtype=torch.bool)[:, None], key_place)[:, 0]
     q, k, v = padded(q, query_place), padded(k, key_place), padded(v, key_place)
     out = attention_reference(q, k, v, valid, bias, sinks, scale, causal, window_left, window_right, softcap)
-    return out.reshape(batch * max_seqlen, q.shape[1], v.shape[3])[query_place]
+    return out.reshape(batch * max_seqlen_k, q.shape[1], v.shape[3])[query_place]
 
 
 attention_packed = torch.library.custom_op("tilewright::attention_packed", attention_packed_reference, mutates_args=())
