@@ -13,6 +13,7 @@ from tilewright.passes.normalize import normalization
 from tilewright.passes.outline_regions import OutlineRegions
 from tilewright.passes.place import Place
 from tilewright.passes.remove_padding import RemovePadding
+from tilewright.passes.slice_rows import SliceRows
 from tilewright.passes.specialize import Specialize
 from tilewright.passes.verify import verify as verify_graph
 
@@ -43,6 +44,7 @@ def pipeline(
     return (
         *normalize,
         RemovePadding(unpad),  # before fusion: it changes the rows that everything after it works on
+        SliceRows(),  # needs packed rows to pick from; before regions, for it changes the rows of what they compute
         FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags
         OutlineRegions(),  # acts on the tags, and nothing may come between them
         Specialize(gemm, measurements or Measurements()),  # a GEMM's variants depend on its prologue and epilogue

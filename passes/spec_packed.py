@@ -24,7 +24,7 @@ _FROM_INDEX: dict[Any, dict[int, int]] = {
     tw.gather_rows.default: {1: 0},
     tw.scatter_rows.default: {1: 0},
     tw.first_rows.default: {1: 2},
-    tw.attention_packed.default: {3: 2, 4: 3, 5: 4, 6: 1, 7: 1},
+    tw.attention_packed.default: {4: 3, 5: 4, 7: 1},
 }
 
 
@@ -64,13 +64,29 @@ def _tokens_first(gm: GraphModule) -> Iterator[Violation]:
             yield Violation(node, f"it is not packed and has shape {tuple(map(str, shape))}")
 
 
+def _is_result(gm: GraphModule, node: Node, place: int) -> bool:
+    return node.target is operator.getitem and node.args[0] in _row_indices(gm) and node.args[1] == place
+
+
 def _from_row_index(gm: GraphModule) -> Iterator[Violation]:
-    indices = _row_indices(gm)
     for node in calls(gm):
         for position, place in _FROM_INDEX.get(node.target, {}).items():
             source = positional(node)[position]
-            if source.target is not operator.getitem or source.args[0] not in indices or source.args[1] != place:
+            if not _is_result(gm, source, place):
                 yield Violation(node, f"argument {position}, '{source.name}', is not result {place} of the row index")
+
+
+def _queries_placed(gm: GraphModule) -> Iterator[Violation]:
+    for node in calls(gm):
+        if node.target is not tw.attention_packed.default:
+            continue
+        args = positional(node)
+        offsets, slots = args[3], args[6]
+        if _is_result(gm, offsets, 2) and _is_result(gm, slots, 1):
+            continue
+        picked = slots.target is tw.first_rows.default and _is_result(gm, slots.args[0], 1)
+        if not (picked and offsets.target is aten.arange.start_step):
+            yield Violation(node, f"its queries have offsets '{offsets.name}' and slots '{slots.name}'")
 
 
 def _gathered_once(gm: GraphModule) -> Iterator[Violation]:
@@ -141,6 +157,7 @@ PACKED = (
     Rule("one_row_index", "the graph has one row index at most", _one_row_index),
     Rule("reason_when_padded", "a graph that stays padded says why", _reason_when_padded),
     Rule("from_row_index", "offsets and indices are results of the row index", _from_row_index),
+    Rule("queries_placed", "queries are all rows of the row index, or one selected row of each", _queries_placed),
     Rule("tokens_first", "packed values, and no others, have T, as their first axis", _tokens_first),
     Rule("gathered_once", "a value is gathered once", _gathered_once),
     Rule("scattered_once", "a value is scattered once", _scattered_once),

@@ -188,6 +188,13 @@ def _(gm: GraphModule) -> Node:
     return return_instead(gm, insert(gm, tw.attention.default, args, type_, PADDED))
 
 
+@breaks("queries_placed", Level.PACKED)
+def _(gm: GraphModule) -> Node:
+    attention = first(gm, tw.attention_packed.default)
+    attention.update_arg(3, attention.args[4])
+    return attention
+
+
 @breaks("first_column_kept", Level.PACKED)
 def _(gm: GraphModule) -> Node:
     first(gm, tw.pack_index.default).update_arg(1, False)

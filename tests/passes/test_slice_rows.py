@@ -1,0 +1,114 @@
+"""SliceRows against the graph it was given: same results from fewer rows, and all rows where they are needed."""
+
+import copy
+
+import pytest
+import torch
+from graphs import GraphBuilder, packed_bert
+from references import ErrorRule, in_double, masks
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+import tilewright
+from tilewright.ir.facts import TensorType, find_fact
+from tilewright.ir.sizes import BATCH, SEQ, TOKENS
+from tilewright.passes.base import PassRecord, run_pass
+from tilewright.passes.slice_rows import SliceRows
+
+aten = torch.ops.aten
+tw = torch.ops.tilewright
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def sliced(g: GraphBuilder, *outputs: Node) -> tuple[GraphModule, PassRecord]:
+    """The graph after the pass, once its results were seen to be those from before, on several masks."""
+    gm = g.done(*outputs)
+    after, record = run_pass(SliceRows(), copy.deepcopy(gm))
+    generator = torch.Generator().manual_seed(7)
+    for pattern in ("as_built", "left", "holes", "empty_row", "one_token", "full"):
+        given = list(g.example)
+        place = next(
+            i for i, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder") if node.name == "mask"
+        )
+        if pattern != "as_built":
+            batch, length = given[place].shape
+            given[place] = masks(batch, length, pattern, generator)
+        for want, got in zip(Interpreter(gm).run(*given), Interpreter(after).run(*given), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    return after, record
+
+
+def rows(gm: GraphModule, target: object) -> list[object]:
+    """First axis of each result of the op, in order."""
+    nodes = [node for node in gm.graph.nodes if node.target is target]
+    return [kind.shape[0] for node in nodes if (kind := find_fact(node, TensorType))]
+
+
+def test_last_layer_computes_one_row_of_each_sequence() -> None:
+    g = packed_bert(layers=3)
+    gm, record = sliced(g, g.outputs[1])
+    assert rows(gm, tw.attention_packed.default) == [TOKENS, TOKENS, BATCH]
+    # Of the last layer's six linears, those of keys and values see all tokens; the pooler never did.
+    linears = rows(gm, aten.linear.default)
+    assert (linears.count(TOKENS), linears.count(BATCH)) == (14, 5)
+    assert record.counts["attention"] == 1
+    assert any("one query of each sequence" in why for why in record.reasons.values())
+
+
+def test_all_rows_where_an_output_shows_them() -> None:
+    g = packed_bert(layers=2)
+    gm, record = sliced(g, *g.outputs)
+    assert rows(gm, tw.attention_packed.default) == [TOKENS, TOKENS]
+    assert record.counts == {}
+    assert record.reasons == {"first": "all rows of 'l1_norm2' are read by 'scatter'"}
+
+
+def test_a_value_that_keys_read_stays_whole() -> None:
+    """Column 0 is read behind the last layer and behind the one before, whose rows are keys of the last."""
+    g = packed_bert(layers=2)
+    named = {node.name: node for node in g.graph.nodes}
+    offsets = next(node for node in named["pack"].users if node.args[1] == 2)
+    early = g.call(tw.first_rows.default, named["l0_norm2"], offsets, name="early")
+    gm, record = sliced(g, g.call(aten.add.Tensor, early, g.outputs[1], name="both"))
+    assert rows(gm, tw.attention_packed.default) == [TOKENS, BATCH]
+    assert list(record.reasons) == ["l1_attention_rows"]
+
+
+def test_masked_first_columns_are_queries_of_their_own() -> None:
+    """Left padding: column 0 is no key; as a query it sees the keys of its sequence."""
+    g = packed_bert(layers=1)
+    gm, _ = sliced(g, g.outputs[1])
+    assert rows(gm, tw.attention_packed.default) == [BATCH]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_compiled_classifier_obeys_the_error_rule(seed: int) -> None:
+    import transformers as hf
+
+    small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 112}
+    torch.manual_seed(seed)
+    model = hf.RobertaForSequenceClassification(hf.RobertaConfig(vocab_size=99, num_labels=5, **small)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    double, compiled = in_double(model), tilewright.compile(model, unpad="on")
+    rule, generator = ErrorRule(), torch.Generator().manual_seed(seed)
+    for pattern in ("full", "right", "left", "holes", "one_token"):
+        ids = torch.randint(3, 99, (5, 17), generator=generator)
+        mask: Tensor = masks(5, 17, pattern, generator)
+        with torch.no_grad():
+            eager, wide = model(ids, attention_mask=mask).logits, double(ids, attention_mask=mask).logits
+        rule.add(compiled(ids, attention_mask=mask).logits, eager, wide)
+    rule.check()
+    (variant,) = compiled.variants.values()
+    (record,) = (record for record in variant.compiled.records if record.name == "slice_rows")
+    assert record.counts["attention"] == 1
+
+
+def test_nothing_to_do_without_packing() -> None:
+    g = GraphBuilder()
+    x = g.input("x", BATCH, SEQ, 8)
+    gm = g.done(g.call(aten.select.int, x, 1, 0))
+    after, record = run_pass(SliceRows(), gm)
+    assert after is gm
+    assert record.counts == {}
