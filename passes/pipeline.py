@@ -9,6 +9,7 @@ from tilewright.errors import OptionError
 from tilewright.ir.measurements import Measurements
 from tilewright.passes.base import Observer, Pass, PassRecord, run_pass
 from tilewright.passes.find_regions import FindRegions
+from tilewright.passes.merge_linears import MergeLinears
 from tilewright.passes.normalize import normalization
 from tilewright.passes.outline_regions import OutlineRegions
 from tilewright.passes.place import Place
@@ -45,6 +46,8 @@ def pipeline(
         *normalize,
         RemovePadding(unpad),  # before fusion: it changes the rows that everything after it works on
         SliceRows(),  # needs packed rows to pick from; before regions, for it changes the rows of what they compute
+        # After the rows are settled, as linears of one value may want different ones; before regions, which it enlarges.
+        *((MergeLinears(),) if opt_level > 1 else ()),
         FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags
         OutlineRegions(),  # acts on the tags, and nothing may come between them
         Specialize(gemm, measurements or Measurements()),  # a GEMM's variants depend on its prologue and epilogue

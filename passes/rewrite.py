@@ -44,11 +44,11 @@ class Rewriter:
         self.changes += 1
         return node
 
-    def constant(self, like: Node, tensor: torch.Tensor) -> Node:
-        """A ``get_attr`` node on a new tensor of the graph module."""
-        while hasattr(self.gm, f"folded_{self._constants}"):
+    def constant(self, like: Node, tensor: torch.Tensor, name: str = "folded") -> Node:
+        """A ``get_attr`` node on a new tensor of the graph module; a number is put behind the name."""
+        while hasattr(self.gm, f"{name}_{self._constants}"):
             self._constants += 1
-        key = f"folded_{self._constants}"
+        key = f"{name}_{self._constants}"
         self.gm.register_buffer(key, tensor.detach())
         with self.graph.inserting_before(like):
             node = self.graph.get_attr(key)
