@@ -27,7 +27,8 @@ SHAPES = ((64, 64, 64), (16, 64, 64), (64, 64, 256))
 TARGETS = {"f32": 0.9, "bf16": 0.85, "i8": 0.85}
 INSTRUCTIONS = {"bf16": "tdpbf16ps", "i8": "tdpbssd"}
 BARE_STEPS = 60_000
-BARE_ACCUMULATORS = 16
+# By bits of a vector: with one of A and one of B they fit the registers.
+BARE_ACCUMULATORS = {512: 16, 256: 12, 128: 12}
 TILE_MULTIPLICATIONS = 2.5e7  # for one group of k; long enough that the call from Python does not count
 ROUNDS = 25
 
@@ -79,6 +80,7 @@ def repeated(text: str, symbol: str, arguments: int, count: int, shape: TileShap
 def bare_loop(step: Step, target: CpuTarget, buffer: torch.Tensor) -> Timed:
     """The step's instruction on registers alone."""
     ir = IrText()
+    accumulators = BARE_ACCUMULATORS[target.vector_bits]
     kind = vector(step.acc, step.lanes)
     pointer = ir.op("inttoptr i64 %x0 to ptr")
     a, b = step.load_a(ir, pointer, step.lanes), step.load_b(ir, pointer, step.lanes)
@@ -86,10 +88,10 @@ def bare_loop(step: Step, target: CpuTarget, buffer: torch.Tensor) -> Timed:
     def body(_: str, values: list[str]) -> list[str]:
         return [step.multiply(ir, value, a, b, step.lanes) for value in values]
 
-    results = ir.loop(BARE_STEPS, body, [(kind, "zeroinitializer")] * BARE_ACCUMULATORS)
+    results = ir.loop(BARE_STEPS, body, [(kind, "zeroinitializer")] * accumulators)
     for index, value in enumerate(results):
         ir.store(kind, value, ir.at(pointer, index * step.lanes * 4), 4)
-    operations = 2.0 * BARE_STEPS * BARE_ACCUMULATORS * step.lanes * step.group
+    operations = 2.0 * BARE_STEPS * accumulators * step.lanes * step.group
     text = f"define void @bare(i64 %x0) {{\n{ir.text()}\n}}\n"
     return Timed(native(text, "bare", target, buffer.data_ptr()), operations)
 

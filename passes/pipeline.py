@@ -46,7 +46,7 @@ def pipeline(
         *normalize,
         RemovePadding(unpad),  # before fusion: it changes the rows that everything after it works on
         SliceRows(),  # needs packed rows to pick from; before regions, for it changes the rows of what they compute
-        # After the rows are settled, as linears of one value may want different ones; before regions, which it enlarges.
+        # After the rows are settled, as linears of one value may want different ones; before regions, which grow by it.
         *((MergeLinears(),) if opt_level > 1 else ()),
         FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags
         OutlineRegions(),  # acts on the tags, and nothing may come between them

@@ -26,6 +26,8 @@ from tilewright.errors import CodegenError
 _FLOATS = ("bf16", "f16", "f32", "f64")
 _INTEGERS = ("i8", "i16", "i32")
 _CACHE_LINE = 64
+# Products take 4 cycles and two begin in each: with fewer sums at work, units wait.
+_LEAST_ACCUMULATORS = 8
 
 
 @dataclass(frozen=True)
@@ -209,14 +211,27 @@ def _emit_panel(ir: IrText, spec: TileDot, step: Step, rows: int, acc: str, a: _
         part = _TileA(ir.at(a.base, ir.mul(row, a.row)), a.row, a.group)
         _emit_block(ir, spec, step, count, ir.at(acc, ir.mul(row, acc_row)), part, columns, surplus)
 
-    full = spec.m // rows * rows
+    full, last = _row_blocks(spec.m, rows, len(columns.registers))
     if spec.ragged and full > rows:
         limit = ir.op(f"call i64 @llvm.smin.i64(i64 %rows, i64 {full})")
         ir.each_below(limit, rows, lambda row: block(row, rows))
     else:
         ir.each(full, rows, lambda row: block(row, rows))
-    if full < spec.m:
-        block(str(full), spec.m - full)
+    for row, count in last:
+        block(str(row), count)
+
+
+def _row_blocks(m: int, rows: int, vectors: int) -> tuple[int, list[tuple[int, int]]]:
+    """Rows to take in blocks of ``rows``, and (first row, rows) of the blocks for what is left.
+
+    A rest with too few accumulators to hide the latency of their instruction shares the rows of the block before it.
+    """
+    full = m // rows * rows
+    if full and 0 < (m - full) * vectors < _LEAST_ACCUMULATORS:
+        full -= rows
+        first = -(-(m - full) // 2)
+        return full, [(full, first), (full + first, m - full - first)]
+    return full, [(full, m - full)] if full < m else []
 
 
 @dataclass(frozen=True)
