@@ -14,11 +14,11 @@ from tilewright.errors import CodegenError
 from tilewright.ir.facts import SizeValue, TensorType, TupleType, fact, find_fact, where
 from tilewright.ir.graph import get_tensor, info
 from tilewright.ir.program import Choice, KernelStep, ProgramSpec, ReadTokens, Step, Storage, VendorLinear, View
-from tilewright.ir.regions import Anchor, GemmTable, Region
+from tilewright.ir.regions import Anchor, AttentionTable, GemmTable, Region
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size, contiguous_strides, product
 from tilewright.ir.views import Strided, apply_view, has_view_rule
 
-Emit = Callable[[RegionCall, ProgramBuilder, str], tuple[KernelStep | VendorLinear, ...]]
+Emit = Callable[[RegionCall, ProgramBuilder, str | None], tuple[KernelStep | VendorLinear, ...]]
 
 _CU_SEQLENS = 2  # place among the results of pack_index
 
@@ -106,7 +106,7 @@ class _Assembler:
             raise CodegenError(f"'{node.target}' is no region", where=where(node))
         inputs = tuple(self.views[source] for source in node.args if source in self.views)  # type: ignore[index]
         call = RegionCall(node.name, body, fact(node, Region), inputs, self._results(node))
-        self.steps += self._steps_of(call, find_fact(node, GemmTable))
+        self.steps += self._steps_of(call, find_fact(node, GemmTable) or find_fact(node, AttentionTable))
         for user in node.users:
             result, shape = call.outputs[int(user.args[1])], fact(user, TensorType).shape  # type: ignore[arg-type]
             self.views[user] = View(result.value, shape, contiguous_strides(shape))
@@ -129,13 +129,13 @@ class _Assembler:
             views.append(View(index, shape, contiguous_strides(shape)))
         return tuple(views)
 
-    def _steps_of(self, call: RegionCall, table: GemmTable | None) -> list[Step]:
+    def _steps_of(self, call: RegionCall, table: GemmTable | AttentionTable | None) -> list[Step]:
         if call.region.anchor is Anchor.OPAQUE:
             return [self._eager(call, call.region.reason)]
         mark = self.builder.checkpoint()
         try:
             if table is None:
-                return list(self.emit(call, self.builder, "triton"))
+                return list(self.emit(call, self.builder, None))
             entries = [(upper, variant, self.emit(call, self.builder, variant)) for upper, variant in table.entries]
         except CodegenError as error:
             self.builder.rollback(mark)
@@ -149,7 +149,7 @@ class _Assembler:
         origin = tuple(dict.fromkeys(name for step in steps for name in step.origin))
         # What an entry reads back of its own result is no operand of the table.
         own = [index for index in reads if index not in writes]
-        return [Choice(table.rows, tuple(entries), tuple(own), tuple(writes), origin)]
+        return [Choice(table.size, tuple(entries), tuple(own), tuple(writes), origin)]
 
     def _eager(self, call: RegionCall, reason: str) -> Step:
         self.eager[call.name] = reason

@@ -14,23 +14,24 @@ __all__ = ["RegionCall", "emit_region"]
 
 
 def emit_region(
-    call: RegionCall, builder: ProgramBuilder, variant: str = "triton"
+    call: RegionCall, builder: ProgramBuilder, variant: str | None = None
 ) -> tuple[KernelStep | VendorLinear, ...]:
     """The steps that compute a region.
 
     Args:
         call: the region and its views.
         builder: the program; takes scratch values and weight layouts.
-        variant: for a GEMM region "triton", "triton_few", "triton_many" or "vendor"; else ignored.
+        variant: for a GEMM region one of ``GEMM_VARIANTS``, for attention one of ``ATTENTION_VARIANTS``; None for the
+            one that takes all sizes.
 
     Raises:
         CodegenError: no kernel can be made; the message names the node and the reason.
     """
     anchor = call.region.anchor
     if anchor is Anchor.GEMM:
-        return emit_gemm(call, builder, variant)
+        return emit_gemm(call, builder, variant or "triton")
     if anchor is Anchor.ATTENTION:
-        return emit_attention(call, builder)
+        return emit_attention(call, builder, variant or "online")
     if anchor is Anchor.INDEX:
         return emit_index(call, builder)
     if anchor is Anchor.OPAQUE:

@@ -86,7 +86,7 @@ def _prime(value: Any) -> Any:
 def emit(
     gm: GraphModule,
     anchor: Anchor = Anchor.ROW,
-    variant: str = "triton",
+    variant: str | None = None,
     views: dict[int, Callable[[int], View]] | None = None,
     weights: dict[int, torch.Tensor] | None = None,
 ) -> tuple[tuple[Any, ...], ProgramBuilder, RegionCall]:
@@ -192,7 +192,7 @@ def run(
     tensors: Sequence[torch.Tensor],
     sizes: dict[sympy.Symbol, int],
     anchor: Anchor = Anchor.ROW,
-    variant: str = "triton",
+    variant: str | None = None,
     views: dict[int, Callable[[int], View]] | None = None,
     weights: dict[int, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:

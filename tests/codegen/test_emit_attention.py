@@ -1,4 +1,4 @@
-"""Attention kernels, packed and padded, against the op's own definition in fp64."""
+"""Attention kernels in each form, packed and padded, against the op's own definition in fp64."""
 
 import pytest
 import torch
@@ -6,13 +6,25 @@ from tests.codegen.bodies import Body, assert_matches
 from torch import Tensor
 from torch.fx import GraphModule
 
-from tilewright.ir.regions import Anchor
+from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 
 aten = torch.ops.aten
 ops = torch.ops.tilewright
 FLOATS = {torch.float32: 3e-6, torch.float64: 1e-13, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 BIAS = {"head": (1, 2, SEQ, SEQ), "batch": (BATCH, 1, SEQ, SEQ), "key": (1, 1, 1, SEQ)}
+
+
+@pytest.fixture(params=["online", "short", "long"], autouse=True)
+def form(request: pytest.FixtureRequest) -> str:
+    """The form that the kernels of a test have."""
+    return str(request.param)
+
+
+def variant_of(form: str, length: int) -> str:
+    """The variant of a form that takes sequences of this length with the least tile."""
+    fitting = [name for name, most in ATTENTION_VARIANTS.items() if most is None or most >= length]
+    return next(name for name in fitting if name.startswith(form))
 
 
 def bias_tensor(name: str, batch: int, length: int) -> Tensor:
@@ -22,6 +34,7 @@ def bias_tensor(name: str, batch: int, length: int) -> Tensor:
 
 
 def packed(
+    form: str,
     valid: Tensor,
     *,
     heads: tuple[int, int] = (2, 2),
@@ -61,7 +74,7 @@ def packed(
     merged = body.call(aten.reshape.default, out, [TOKENS, query_heads * value_size])
     gm = body.module(body.call(aten.mul.Tensor, merged, 2.0))
     run_sizes = {BATCH: batch, SEQ: length, TOKENS: row_index.shape[0]}
-    assert_matches(gm, tensors, run_sizes, FLOATS[dtype], anchor=Anchor.ATTENTION)
+    assert_matches(gm, tensors, run_sizes, FLOATS[dtype], anchor=Anchor.ATTENTION, variant=variant_of(form, length))
 
 
 def lengths(*values: int) -> Tensor:
@@ -69,39 +82,40 @@ def lengths(*values: int) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_packed_uneven_lengths(dtype: torch.dtype) -> None:
-    packed(lengths(70, 1, 0, 64, 13), dtype=dtype)
+def test_packed_uneven_lengths(form: str, dtype: torch.dtype) -> None:
+    packed(form, lengths(70, 1, 0, 64, 13), dtype=dtype)
 
 
-def test_packed_grouped_heads_of_odd_sizes() -> None:
-    packed(lengths(70, 3), heads=(4, 2), sizes=(24, 40))
+def test_packed_grouped_heads_of_odd_sizes(form: str) -> None:
+    packed(form, lengths(70, 3), heads=(4, 2), sizes=(24, 40))
 
 
-def test_packed_one_token() -> None:
-    packed(lengths(1))
+def test_packed_one_token(form: str) -> None:
+    packed(form, lengths(1))
 
 
 @pytest.mark.parametrize("sizes", [(24, 24), (8, 1)], ids=str)
-def test_packed_one_head(sizes: tuple[int, int]) -> None:
-    packed(lengths(9, 40), heads=(1, 1), sizes=sizes)
+def test_packed_one_head(form: str, sizes: tuple[int, int]) -> None:
+    packed(form, lengths(9, 40), heads=(1, 1), sizes=sizes)
 
 
 @pytest.mark.parametrize("keep_first", [False, True])
-def test_packed_causal_left_padding(keep_first: bool) -> None:
-    packed(lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), keep_first=keep_first)
+def test_packed_causal_left_padding(form: str, keep_first: bool) -> None:
+    packed(form, lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), keep_first=keep_first)
 
 
 @pytest.mark.parametrize("window", [(False, 5, 7), (True, 9, -1), (False, 0, 0), (False, -1, 3)], ids=str)
-def test_packed_windows_count_slots_across_holes(window: tuple[bool, int, int]) -> None:
-    packed(torch.rand(4, 150) < 0.6, window=window, keep_first=True)
+def test_packed_windows_count_slots_across_holes(form: str, window: tuple[bool, int, int]) -> None:
+    packed(form, torch.rand(4, 150) < 0.6, window=window, keep_first=True)
 
 
 @pytest.mark.parametrize("bias", BIAS)
-def test_packed_bias_softcap_sinks(bias: str) -> None:
-    packed(torch.rand(3, 90) < 0.6, bias=bias, softcap=5.0, sinks=True)
+def test_packed_bias_softcap_sinks(form: str, bias: str) -> None:
+    packed(form, torch.rand(3, 90) < 0.6, bias=bias, softcap=5.0, sinks=True)
 
 
 def padded(
+    form: str,
     length: int,
     key_length: int,
     valid: Tensor | None,
@@ -134,33 +148,35 @@ def padded(
         extra[2] = body.input((4,), dtype)
         tensors.append(torch.randn(4).to(dtype))
     gm: GraphModule = body.module(body.call(ops.attention.default, *nodes, *extra, 32**-0.5, *window, 0.0))
-    return assert_matches(gm, tensors, {BATCH: 3, SEQ: length}, tolerance, anchor=Anchor.ATTENTION)
+    return assert_matches(
+        gm, tensors, {BATCH: 3, SEQ: length}, tolerance, anchor=Anchor.ATTENTION, variant=variant_of(form, key_length)
+    )
 
 
 @pytest.mark.parametrize("length", [1, 70])
-def test_padded_without_mask(length: int) -> None:
-    padded(length, length, None)
+def test_padded_without_mask(form: str, length: int) -> None:
+    padded(form, length, length, None)
 
 
 @pytest.mark.parametrize("kind", [torch.bool, torch.int64], ids=str)
-def test_padded_with_any_mask_never_reads_pads(kind: torch.dtype) -> None:
+def test_padded_with_any_mask_never_reads_pads(form: str, kind: torch.dtype) -> None:
     valid = (torch.rand(3, 70) < 0.5).to(kind)
     valid[1] = 0
-    out = padded(70, 70, valid)[0]
+    out = padded(form, 70, 70, valid)[0]
     assert not out.isnan().any()
     assert (out[1] == 0).all()
 
 
 @pytest.mark.parametrize("window", [(True, -1, -1), (False, 9, 4), (True, 20, -1)], ids=str)
-def test_padded_fewer_queries_than_keys(window: tuple[bool, int, int]) -> None:
-    padded(20, 150, torch.rand(3, 150) < 0.7, window=window)
+def test_padded_fewer_queries_than_keys(form: str, window: tuple[bool, int, int]) -> None:
+    padded(form, 20, 150, torch.rand(3, 150) < 0.7, window=window)
 
 
-def test_padded_bias_and_sinks() -> None:
-    padded(66, 66, None, bias="key", sinks=True, dtype=torch.float64, tolerance=1e-13)
+def test_padded_bias_and_sinks(form: str) -> None:
+    padded(form, 66, 66, None, bias="key", sinks=True, dtype=torch.float64, tolerance=1e-13)
 
 
-def test_keys_and_queries_that_are_computed() -> None:
+def test_keys_and_queries_that_are_computed(form: str) -> None:
     """Norms of each head in front of the attention, whose names must not meet those of the softmax."""
     valid = lengths(40, 5)
     row_index, slots, *offsets = ops.pack_index(valid, False)
@@ -175,11 +191,11 @@ def test_keys_and_queries_that_are_computed() -> None:
     )
     tensors = [*torch.randn(3, row_index.shape[0], 2, 24), *offsets, slots, torch.randn(24)]
     sizes = {BATCH: 2, SEQ: 40, TOKENS: row_index.shape[0]}
-    assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION)
+    assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION, variant=variant_of(form, 40))
 
 
 @pytest.mark.parametrize("window", [(False, -1, -1), (True, -1, -1), (False, 5, 7), (True, 9, -1)], ids=str)
-def test_queries_that_are_some_of_the_tokens(window: tuple[bool, int, int]) -> None:
+def test_queries_that_are_some_of_the_tokens(form: str, window: tuple[bool, int, int]) -> None:
     """One query of each sequence, at any of its slots; keys are all valid tokens."""
     valid = torch.rand(5, 90) < 0.6
     valid[2] = False
@@ -194,4 +210,4 @@ def test_queries_that_are_some_of_the_tokens(window: tuple[bool, int, int]) -> N
     offsets = torch.arange(6, dtype=torch.int32)
     tensors = [torch.randn(5, 2, 24), *rows, offsets, key_start, seqlens_k, asked, slots]
     sizes = {BATCH: 5, SEQ: 90, TOKENS: row_index.shape[0]}
-    assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION)
+    assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION, variant=variant_of(form, 90))

@@ -157,7 +157,7 @@ def load(gm: GraphModule, stats: Stats, progress: Progress | None = None) -> Pro
 
     failed: dict[KernelSource, str] = {}
 
-    def emit(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[KernelStep | VendorLinear, ...]:
+    def emit(call: RegionCall, builder: ProgramBuilder, variant: str | None) -> tuple[KernelStep | VendorLinear, ...]:
         steps = emit_region(call, builder, variant)
         for step in kernel_steps(steps):
             if step.kernel in failed:

@@ -88,6 +88,42 @@ class GemmTable:
     entries: tuple[tuple[int | None, str], ...]
     measured: bool = False
 
+    @property
+    def size(self) -> Size:
+        """What chooses the entry at run time."""
+        return self.rows
+
+
+ATTENTION_VARIANTS: dict[str, int | None] = {
+    "online": None,
+    "short_128": 128,
+    "short_256": 256,
+    "short_512": 512,
+    "long": 1024,
+}
+"""How attention can be run, with the longest sequence of keys each form takes (None: any): blocks of keys with an
+online softmax, all keys in one tile, or two grouped products with the scores in memory between them."""
+
+
+@dataclass(frozen=True)
+class AttentionTable:
+    """Fact on an attention region from the specialized level on: a variant for every padded length, once.
+
+    Attributes:
+        length: bound of the keys of a sequence, which the table is indexed by.
+        entries: (inclusive upper bound, variant of ``ATTENTION_VARIANTS``) in rising order; the last bound is None.
+        measured: True when the bounds come from measurements, False when from the default rule.
+    """
+
+    length: Size
+    entries: tuple[tuple[int | None, str], ...]
+    measured: bool = False
+
+    @property
+    def size(self) -> Size:
+        """What chooses the entry at run time."""
+        return self.length
+
 
 @dataclass(frozen=True)
 class Placement:

@@ -1,0 +1,275 @@
+"""Parts that all forms of attention share: where a program stands, tiles of operands, scores with their mask, the store.
+
+Scores are to base 2, with the factor in the scale: exponentials are ``exp2``.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from tilewright.codegen.attention_problem import AttentionProblem
+from tilewright.codegen.columns import define_columns, next_power_of_2
+from tilewright.codegen.evaluate import Evaluator
+from tilewright.codegen.index import Index, constant, linear, reshape, same_count, variable, without_ones
+from tilewright.codegen.nodes import literal
+from tilewright.codegen.results import peel, store
+from tilewright.codegen.views import broadcast
+from tilewright.codegen.writer import KernelWriter, Register, Var
+from tilewright.errors import CodegenError
+from tilewright.ir.facts import TensorType, fact, where
+from tilewright.ir.sizes import contiguous_strides
+
+LOG2_E = 1.4426950408889634
+LEAST_DOT = 16
+"""Smallest side of a tile of ``tl.dot``."""
+
+_NAMES = (
+    *("tile", "head", "sequence", "top", "key_first", "key_last", "last_query", "rows", "row_mask", "d", "dv"),
+    *("d_rows", "keys", "key_mask", "key_rows", "key_row_mask", "scores", "peak", "new_peak", "shift", "weights"),
+    *("fade", "total", "acc", "attention", "part", "parts", "part_mask", "inverse"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a program stands: index variables that the parts of a kernel share.
+
+    The text names ``key_first`` and ``key_last``: first key and end of the keys that the program's queries may see.
+    ``query_last`` is the text of the end of the sequence's queries.
+    """
+
+    sequence: Index
+    head: Index
+    top: str
+    query_last: str
+
+
+class AttentionTile:
+    """A kernel under construction that computes, for one head of one sequence, a block of queries.
+
+    Args:
+        problem: the attention.
+        span: queries of one program.
+    """
+
+    def __init__(self, problem: AttentionProblem, span: int) -> None:
+        self.problem, self.given = problem, problem.given
+        self.writer = KernelWriter(2)
+        self.writer.reserve(*_NAMES)
+        self.evaluator = Evaluator(problem.call.graph, self.writer, problem.inputs)
+        self.writer.constants["BLOCK_M"] = span
+        self._span = "BLOCK_M"
+
+    @contextmanager
+    def opened(self, tile: str, span: str = "BLOCK_M") -> Iterator[Place]:
+        """The program's place; programs past the end of a short sequence do nothing.
+
+        Args:
+            tile: text of the number of the program's first query within its sequence.
+            span: text of the number of queries of a program.
+        """
+        writer, problem = self.writer, self.problem
+        self._span = span
+        writer.statement(f"tile = {tile}")
+        writer.statement("head = tl.program_id(1)")
+        writer.statement("sequence = tl.program_id(2).to(tl.int64)")
+        head = writer.define(Var("head", problem.heads))
+        sequence = writer.define(Var("sequence", problem.batch))
+        opened = self._open_packed if problem.packed else self._open_padded
+        with opened(sequence, head) as place:
+            yield place
+
+    @contextmanager
+    def _open_packed(self, sequence: Index, head: Index) -> Iterator[Place]:
+        writer, value = self.writer, self.evaluator.value
+        first = value(self.given["cu_seqlens_q"], (sequence,)).text
+        last = value(self.given["cu_seqlens_q"], (sequence + 1,)).text
+        with writer.block(f"if {first} + tile < {last}:"):
+            key = value(self.given["key_start"], (sequence,)).text
+            count = value(self.given["seqlens_k"], (sequence,)).text
+            writer.statement(f"top = ({first} + tile).to(tl.int64)")
+            writer.statement(f"key_first = {key}.to(tl.int64)")
+            writer.statement(f"key_last = key_first + {count}")
+            place = Place(sequence, head, "top", last)
+            if self.problem.apart:
+                self._limit_keys_by_slot(place)
+            else:
+                self._limit_keys("top")
+            yield place
+
+    @contextmanager
+    def _open_padded(self, sequence: Index, head: Index) -> Iterator[Place]:
+        writer, problem = self.writer, self.problem
+        writer.statement("key_first = 0")
+        writer.statement(f"key_last = {writer.size(problem.key_length)}")
+        self._limit_keys(f"tile + {writer.size(problem.key_length - problem.length)}")
+        yield Place(sequence, head, "tile", writer.size(problem.length))
+
+    def _limit_keys(self, top: str) -> None:
+        """Leaves out keys that no query of the program may see: slots are at least as far apart as packed rows."""
+        left, right = self.problem.reach
+        if right >= 0:
+            end = f"{top} + {self._span} + {right}" if right else f"{top} + {self._span}"
+            self.writer.statement(f"key_last = tl.minimum(key_last, {end})")
+        if left >= 0:
+            self.writer.statement(f"key_first = tl.maximum(key_first, {top} - {left})")
+
+    def _limit_keys_by_slot(self, place: Place) -> None:
+        """As above: the first key of a sequence has slot 0 or more, and slots rise at least as fast as rows."""
+        right = self.problem.reach[1]
+        if right >= 0:
+            self.writer.statement(f"last_query = tl.minimum({place.query_last}, top + {self._span}) - 1")
+            last = self.writer.define(Var("last_query", self.problem.shape("q")[0]))
+            end = f"key_first + {self.writer.index_text(self.slot(last, 'q'))} + {right + 1}"
+            self.writer.statement(f"key_last = tl.minimum(key_last, {end})")
+
+    # Index variables
+
+    def rows(self, place: Place, top: str, block: str = "BLOCK_M") -> Index:
+        """The variable of the queries, along axis 0."""
+        bound = self.problem.shape("q")[0] if self.problem.packed else self.problem.length
+        self.writer.statement(f"rows = {top} + tl.arange(0, {block})[:, None]")
+        self.writer.statement(f"row_mask = rows < {place.query_last}")
+        return self.writer.define(Var("rows", bound, 0, block, "row_mask"))
+
+    def keys(self, start: str, block: str) -> tuple[Index, Index]:
+        """The variables of keys from ``start``, along axis 1 and along axis 0."""
+        writer, bound = self.writer, self.problem.key_bound
+        writer.statement(f"keys = {start} + tl.arange(0, {block})[None, :]")
+        writer.statement("key_mask = keys < key_last")
+        key = writer.define(Var("keys", bound, 1, block, "key_mask"))
+        return key, self.key_rows(start, block)
+
+    def key_rows(self, start: str, block: str) -> Index:
+        """The variable of keys from ``start`` along axis 0."""
+        self.writer.statement(f"key_rows = {start} + tl.arange(0, {block})[:, None]")
+        self.writer.statement("key_row_mask = key_rows < key_last")
+        return self.writer.define(Var("key_rows", self.problem.key_bound, 0, block, "key_row_mask"))
+
+    def head_axis(self, name: str) -> Index:
+        """The variable along axis 1 over the size of a head: "d" of queries and keys, "dv" of values; equal ones are
+        one variable."""
+        writer = self.writer
+        size = self.problem.size if name == "d" else self.problem.value_size
+        name = writer.column_names.setdefault(size, name)
+        if name in writer.variables:
+            return variable(name, size)
+        return define_columns(writer, name, size, max(LEAST_DOT, next_power_of_2(size)))
+
+    def head_block(self, size: int) -> str:
+        """Name of the constant that is the width of a tile of heads of this size."""
+        return f"BLOCK_{self.writer.column_names[size].upper()}"
+
+    # Tiles
+
+    def query_tile(self, place: Place, row: Index) -> str:
+        """Text of the queries' tile [BLOCK_M, D]."""
+        index = self.problem.index(place.sequence, row, place.head, self.head_axis("d"))
+        return self.evaluator.raw(self.given["q"], index, self.problem.dtype).text
+
+    def key_tile(self, place: Place, key: Index, key_row: Index) -> str:
+        """Text of the keys' tile [D, keys]; computed keys are transposed, stored ones are read that way."""
+        problem, writer = self.problem, self.writer
+        head = place.head // problem.group
+        d = self.head_axis("d")
+        if not self.evaluator.is_stored(self.given["k"]):
+            index = problem.index(place.sequence, key_row, head, d)
+            return f"tl.trans({self.evaluator.raw(self.given['k'], index, problem.dtype).text})"
+        block = self.head_block(problem.size)
+        full = problem.size == writer.constants[block]
+        writer.statement(f"d_rows = tl.arange(0, {block})[:, None]")
+        if not full:
+            writer.statement(f"d_rows_mask = d_rows < {problem.size}")
+        down = writer.define(Var("d_rows", problem.size, 0, block, None if full else "d_rows_mask"))
+        index = problem.index(place.sequence, key, head, down)
+        return self.evaluator.raw(self.given["k"], index, problem.dtype).text
+
+    def value_tile(self, place: Place, key_row: Index) -> str:
+        """Text of the values' tile; a key that is not valid has zeros, whatever is stored there: 0 * NaN is NaN."""
+        problem = self.problem
+        index = problem.index(place.sequence, key_row, place.head // problem.group, self.head_axis("dv"))
+        if not isinstance(self.given.get("valid"), Node):
+            return self.evaluator.raw(self.given["v"], index, problem.dtype).text
+        valid = self.evaluator.number(self.given["valid"], (place.sequence, key_row), torch.bool)
+        with self.evaluator.guarded(valid):
+            return self.evaluator.raw(self.given["v"], index, problem.dtype).text
+
+    def sink(self, place: Place) -> str | None:
+        """Text of the sink's logit to base 2: a key without a value that every query sees."""
+        if not isinstance(self.given["sinks"], Node):
+            return None
+        sink = self.evaluator.number(self.given["sinks"], (place.head,), self.problem.compute)
+        return self.writer.emit("sink", f"{sink.text} * {LOG2_E}", sink.deps)
+
+    # Scores
+
+    def finish_scores(self, place: Place, row: Index, key: Index) -> None:
+        """Scale, softcap, bias and mask of ``scores``, in the order of the op's definition."""
+        writer, given = self.writer, self.given
+        scale, cap = float(given["scale"]), float(given["softcap"])
+        if cap > 0.0:
+            writer.statement(f"scores = tanh(scores * {literal(scale / cap)}) * {literal(cap * LOG2_E)}")
+        else:
+            writer.statement(f"scores = scores * {literal(scale * LOG2_E)}")
+        if isinstance(given["bias"], Node):
+            shape = fact(given["bias"], TensorType).shape
+            full = (place.sequence, place.head, self.slot(row, "q"), self.slot(key, "k"))
+            index = broadcast(full[4 - len(shape) :], shape)
+            bias = self.evaluator.number(given["bias"], index, self.problem.compute)
+            writer.statement(f"scores = scores + {bias.text} * {LOG2_E}")
+        allowed = " & ".join(self._allowed(place, row, key))
+        writer.statement(f'scores = tl.where({allowed}, scores, float("-inf"))')
+
+    def slot(self, row: Index, of: str) -> Index:
+        """The column of a query ("q") or a key ("k") in the padded batch."""
+        if not self.problem.packed:
+            return row
+        return self.evaluator.loaded_index(self.given[f"slots_{of}"], (row,), self.problem.key_length)
+
+    def _allowed(self, place: Place, row: Index, key: Index) -> list[str]:
+        """Conditions under which a query sees a key."""
+        problem, given, text = self.problem, self.given, self.writer.index_text
+        conditions = ["key_mask"]
+        offset = constant(0) if problem.packed else constant(problem.key_length - problem.length)
+        if isinstance(given.get("valid"), Node):
+            conditions.append(self.evaluator.number(given["valid"], (place.sequence, key), torch.bool).text)
+        if given["causal"] and problem.apart:
+            conditions.append(f"({text(self.slot(key, 'k'))} <= {text(self.slot(row, 'q'))})")
+        elif given["causal"]:
+            # Rows of a sequence are in the order of their slots.
+            conditions.append(f"({text(key)} <= {text(row + offset)})")
+        if given["window_left"] >= 0:
+            query = self.slot(row, "q") + offset + constant(-given["window_left"])
+            conditions.append(f"({text(self.slot(key, 'k'))} >= {text(query)})")
+        if given["window_right"] >= 0:
+            query = self.slot(row, "q") + offset + constant(given["window_right"])
+            conditions.append(f"({text(self.slot(key, 'k'))} <= {text(query)})")
+        return conditions
+
+    # Results
+
+    def store(self, place: Place, row: Index) -> None:
+        """Evaluates what follows the attention on its tile, ``attention`` in the text, and stores it."""
+        anchor, problem = self.problem.anchor, self.problem
+        shape = fact(anchor, TensorType).shape
+        dv = self.head_axis("dv")
+        index = (row, place.head, dv) if problem.packed else (place.sequence, row, place.head, dv)
+        strides = contiguous_strides(shape)
+        position = linear(index, strides)
+        here = without_ones(index, shape)
+
+        def attention(at: tuple[Index, ...]) -> Register:
+            if linear(at, strides) != linear(here, strides):
+                raise CodegenError("an epilogue needs elements of other tiles", where=where(anchor))
+            return Register("attention", problem.compute, position.deps)
+
+        self.evaluator.bindings[anchor] = attention
+        for node, view in problem.results:
+            result = peel(node, view, problem.inputs)
+            if result.scatter is not None or not same_count(result.shape, shape):
+                raise CodegenError("a result of an attention region has another shape", where=where(node))
+            value = self.evaluator.value(result.node, reshape(here, result.shape, shape))
+            store(self.writer, view, fact(result.node, TensorType).dtype, position, value)
