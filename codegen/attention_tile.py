@@ -1,4 +1,4 @@
-"""Parts that all forms of attention share: where a program stands, tiles of operands, scores with their mask, the store.
+"""Parts that all forms of attention share: a program's place, tiles of operands, scores with their mask, the store.
 
 Scores are to base 2, with the factor in the scale: exponentials are ``exp2``.
 """

@@ -20,7 +20,7 @@ from tilewright.driver.options import CompileOptions
 from tilewright.ir.facts import find_fact
 from tilewright.ir.graph import Level, info
 from tilewright.ir.program import Choice, KernelStep, ProgramSpec, ReadTokens, Step, Storage, VendorLinear
-from tilewright.ir.regions import GemmTable, Placement, Region
+from tilewright.ir.regions import AttentionTable, GemmTable, Placement, Region
 from tilewright.ir.sizes import size_text
 from tilewright.passes.base import Pass, PassRecord
 from tilewright.passes.observe import graph_text
@@ -52,11 +52,12 @@ class LastOfLevel:
 def region_facts(gm: GraphModule) -> Iterator[str]:
     """A line for each region: kernel family, table, placement."""
     for node in gm.graph.nodes:
-        region, table, place = (find_fact(node, kind) for kind in (Region, GemmTable, Placement))
+        region, place = find_fact(node, Region), find_fact(node, Placement)
+        table = find_fact(node, GemmTable) or find_fact(node, AttentionTable)
         if isinstance(region, Region):
             line = f"{node.name}: {region.anchor.value}"
-            if isinstance(table, GemmTable):
-                line += f", rows {table.rows}: " + ", ".join(
+            if table is not None:
+                line += f", {'rows' if isinstance(table, GemmTable) else 'length'} {table.size}: " + ", ".join(
                     f"{variant} up to {upper}" if upper else f"else {variant}" for upper, variant in table.entries
                 )
             if isinstance(place, Placement):

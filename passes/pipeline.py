@@ -16,6 +16,7 @@ from tilewright.passes.place import Place
 from tilewright.passes.remove_padding import RemovePadding
 from tilewright.passes.slice_rows import SliceRows
 from tilewright.passes.specialize import Specialize
+from tilewright.passes.specialize_attention import SpecializeAttention
 from tilewright.passes.verify import verify as verify_graph
 
 
@@ -24,6 +25,7 @@ def pipeline(
     unpad: str = "auto",
     gemm: str = "auto",
     measurements: Measurements | None = None,
+    attention: str = "auto",
 ) -> tuple[Pass, ...]:
     """The passes for these options, in order.
 
@@ -32,7 +34,8 @@ def pipeline(
             kernel of its own; 2 and 3 fuse (3 differs only in how long GEMMs are measured).
         unpad: "auto", "on" or "off", as of ``RemovePadding``.
         gemm: as of ``Specialize``.
-        measurements: timings of GEMM variants on this machine.
+        measurements: timings of variants on this machine.
+        attention: as of ``SpecializeAttention``.
 
     Raises:
         OptionError: ``opt_level`` is not 0, 1, 2 or 3.
@@ -50,6 +53,7 @@ def pipeline(
         *((MergeLinears(),) if opt_level > 1 else ()),
         FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags
         OutlineRegions(),  # acts on the tags, and nothing may come between them
+        SpecializeAttention(attention, measurements or Measurements()),  # by what its region computes, as below
         Specialize(gemm, measurements or Measurements()),  # a GEMM's variants depend on its prologue and epilogue
         Place(),  # last: it places the kernels that were chosen
     )

@@ -86,32 +86,32 @@ def gemm_key(anchor: Node) -> GemmKey:
     return GemmKey(n, k, str(kind.dtype).removeprefix("torch."))
 
 
-def measured_entries(timings: Mapping[str, Sequence[tuple[int, float]]]) -> Entries:
-    """A table that is never slower than the vendor library as far as was measured.
+def measured_entries(timings: Mapping[str, Sequence[tuple[int, float]]], baseline: str = VENDOR) -> Entries:
+    """A table that is never slower than ``baseline`` as far as was measured.
 
-    At a measured row count the fastest variant is chosen; between two of them, the fastest that beats the vendor at
-    both; below the least and above the greatest the choice there holds.
+    At a measured row count the fastest variant is chosen; between two of them, the fastest that beats the
+    baseline at both; below the least and above the greatest the choice there holds.
 
     Args:
-        timings: by variant, "vendor" among them, (rows, seconds) at the same row counts.
+        timings: by variant, the baseline among them, (rows, seconds) at the same row counts.
     """
     seconds = {variant: dict(times) for variant, times in timings.items()}
-    counts = sorted(seconds[VENDOR])
+    counts = sorted(seconds[baseline])
     entries: list[tuple[int | None, str]] = []
     for place, count in enumerate(counts):
         if place and count - counts[place - 1] > 1:
-            entries.append((count - 1, _fastest(seconds, (counts[place - 1], count))))
-        entries.append((count, _fastest(seconds, (count,))))
+            entries.append((count - 1, _fastest(seconds, (counts[place - 1], count), baseline)))
+        entries.append((count, _fastest(seconds, (count,), baseline)))
     entries[-1] = (None, entries[-1][1])
     return tuple(
         entry for entry, after in zip(entries, [*entries[1:], (None, "")], strict=True) if entry[1] != after[1]
     )
 
 
-def _fastest(seconds: Mapping[str, Mapping[int, float]], counts: Sequence[int]) -> str:
-    """The variant that beats the vendor at all these row counts and by most on the whole, else the vendor."""
+def _fastest(seconds: Mapping[str, Mapping[int, float]], counts: Sequence[int], baseline: str) -> str:
+    """The variant that beats the baseline at all these counts and by most on the whole, else the baseline."""
     ratios = {
-        variant: [times[count] / seconds[VENDOR][count] for count in counts] for variant, times in seconds.items()
+        variant: [times[count] / seconds[baseline][count] for count in counts] for variant, times in seconds.items()
     }
     winners = {variant: sum(each) for variant, each in ratios.items() if max(each) < 1.0}
-    return min(winners, key=lambda variant: winners[variant], default=VENDOR)
+    return min(winners, key=lambda variant: winners[variant], default=baseline)

@@ -14,7 +14,7 @@ from verifier.test_common_rules import check
 from tilewright.ir.facts import Origin, TensorType, TupleType, drop_fact, fact, set_fact
 from tilewright.ir.graph import Level, update_info
 from tilewright.ir.layout import Layout, LayoutKind
-from tilewright.ir.regions import Anchor, GemmTable, Placement, Region, RegionTag
+from tilewright.ir.regions import Anchor, AttentionTable, GemmTable, Placement, Region, RegionTag
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 from tilewright.passes.spec_common import COMMON
 from tilewright.passes.verify import SPECS
@@ -326,7 +326,7 @@ def _(gm: GraphModule) -> Node:
     return call
 
 
-@breaks("table_on_gemm", Level.SPECIALIZED)
+@breaks("table_on_its_region", Level.SPECIALIZED)
 def _(gm: GraphModule) -> Node:
     call, _ = region(gm, Anchor.ATTENTION)
     set_fact(call, GemmTable(TOKENS, ((None, "vendor"),)))
@@ -361,6 +361,13 @@ def _(gm: GraphModule) -> Node:
 @breaks("variants_known", Level.SPECIALIZED)
 def _(gm: GraphModule) -> Node:
     return _table(gm, (32, "cutlass"), (None, "vendor"))
+
+
+@breaks("variants_fit", Level.SPECIALIZED)
+def _(gm: GraphModule) -> Node:
+    call, _ = region(gm, Anchor.ATTENTION)
+    set_fact(call, replace(fact(call, AttentionTable), entries=((256, "short_128"), (None, "online"))))
+    return call
 
 
 @breaks("rows_of_product", Level.SPECIALIZED)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tilewright.codegen.region_call import RegionCall
 from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.kernels import Progress, build_kernels, kernel_steps
 from tilewright.driver.options import CompileOptions
+from tilewright.driver.tune_attention import attention_timings
 from tilewright.driver.tuning import measurements_for
 from tilewright.errors import CodegenError
 from tilewright.ir.graph import Level
@@ -129,13 +130,14 @@ def _run_passes(
 ) -> tuple[GraphModule, tuple[PassRecord, ...]]:
     """The pipeline; its last passes choose by measurements, and what to measure is known once regions are."""
     passes = pipeline(options.opt_level, options.unpad, options.gemm)
-    front = [each for each in passes if each.ensures <= Level.FUSED]
+    front = [each for each in passes if each.requires < Level.FUSED]
     gm, records = run_pipeline(gm, front, observers)
     if options.opt_level == 0:
         return gm, records
     found = Measurements()
     if options.gemm == "auto":
         found = measurements_for(gm, options.opt_level, _compile_gemm, progress)
+    found = replace(found, attention=attention_timings(gm, options.opt_level, compile_attention, progress))
     passes = pipeline(options.opt_level, options.unpad, options.gemm, found)
     gm, more = run_pipeline(gm, passes[len(front) :], observers, first=len(front) + 1)
     return gm, records + more
@@ -144,6 +146,13 @@ def _run_passes(
 def _compile_gemm(gm: GraphModule, variant: str) -> Program:
     """A normalized graph as a program with one GEMM variant."""
     passes = [each for each in pipeline(2, "off", variant) if each.ensures > Level.NORMALIZED]
+    gm, _ = run_pipeline(gm, passes)
+    return load(gm, Stats())
+
+
+def compile_attention(gm: GraphModule, variant: str) -> Program:
+    """A normalized graph as a program on packed tokens with one form of attention."""
+    passes = [each for each in pipeline(2, "on", attention=variant) if each.ensures > Level.NORMALIZED]
     gm, _ = run_pipeline(gm, passes)
     return load(gm, Stats())
 

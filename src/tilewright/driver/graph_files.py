@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from tilewright.errors import OptionError
 from tilewright.ir.facts import Origin, SizeValue, TensorType, TupleType, find_fact
-from tilewright.ir.regions import GemmTable, Placement, Region
+from tilewright.ir.regions import AttentionTable, GemmTable, Placement, Region
 from tilewright.ir.serialize import graph_to_json
 
 FORMATS = ("json", "dot", "graphml")
@@ -43,7 +43,7 @@ def _attributes(gm: GraphModule, node: torch.fx.Node) -> dict[str, str]:
         body = gm.get_submodule(str(node.target))
         found["anchor"] = region.anchor.value
         found["nodes"] = ", ".join(n.name for n in body.graph.nodes if n.op == "call_function")  # type: ignore[union-attr]
-    if table := find_fact(node, GemmTable):
+    if table := find_fact(node, GemmTable) or find_fact(node, AttentionTable):
         found["table"] = ", ".join(f"<={bound or 'any'}: {variant}" for bound, variant in table.entries)
     if place := find_fact(node, Placement):
         found["place"] = f"{place.device}, stage {place.stage}, weights on {place.weight_tier}"

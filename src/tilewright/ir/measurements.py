@@ -13,10 +13,26 @@ class GemmKey:
 
 
 @dataclass(frozen=True)
-class Measurements:
-    """Seconds per call by GEMM problem, variant name and row count.
+class AttentionKey:
+    """An attention problem: sizes of a head, query heads for each head of keys, the dtype's name, and what it masks."""
 
-    ``seconds[key][variant]`` is a tuple of (rows, seconds) sorted by rows. Empty for a compile without measuring.
+    size: int
+    value_size: int
+    group: int
+    dtype: str
+    causal: bool = False
+    window_left: int = -1
+    window_right: int = -1
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Seconds per call by problem, variant name and size. Empty for a compile without measuring.
+
+    ``seconds[key][variant]`` is a tuple of (rows, seconds) sorted by rows; ``attention[key][variant]`` one of (padded
+    length, seconds), for the lengths that the variant takes.
     """
 
     seconds: dict[GemmKey, dict[str, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
+    attention: dict[AttentionKey, dict[str, tuple[tuple[int, float], ...]]] = field(default_factory=dict)

@@ -97,7 +97,6 @@ class GemmTable:
 ATTENTION_VARIANTS: dict[str, int | None] = {
     "online": None,
     "short_128": 128,
-    "short_256": 256,
     "short_512": 512,
     "long": 1024,
 }

@@ -1,0 +1,119 @@
+"""Chooses a form of attention for each padded length."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch.fx import GraphModule, Node
+
+from tilewright.errors import OptionError
+from tilewright.ir.facts import SizeValue, TensorType, fact, find_fact, set_fact
+from tilewright.ir.graph import Level
+from tilewright.ir.measurements import AttentionKey, Measurements
+from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, AttentionTable, Region
+from tilewright.ir.sizes import Size
+from tilewright.ops import Flow, traits_of
+from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.specialize import Entries, measured_entries
+
+ONLINE = "online"
+
+# Without measurements the form that takes any length: it is never far from the fastest.
+_BY_RULE: Entries = ((None, ONLINE),)
+
+
+@dataclass(frozen=True)
+class SpecializeAttention(Pass):
+    """Gives each attention region its ``AttentionTable``.
+
+    Attributes:
+        attention: "auto" for a choice by length, or one variant wherever it fits.
+        measurements: timings on this machine; "auto" goes by a rule where there are none.
+    """
+
+    name: ClassVar[str] = "specialize_attention"
+    requires: ClassVar[Level] = Level.FUSED
+    ensures: ClassVar[Level] = Level.FUSED
+    attention: str = "auto"
+    measurements: Measurements = field(default_factory=Measurements, repr=False)
+
+    def run(self, gm: GraphModule) -> PassResult:
+        """Sets the facts.
+
+        Raises:
+            OptionError: ``attention`` is not one of the choices.
+        """
+        if self.attention not in ("auto", *ATTENTION_VARIANTS):
+            choices = ", ".join(("auto", *ATTENTION_VARIANTS))
+            raise OptionError(f"attention={self.attention!r} is not a choice", hint=f"choose one of {choices}")
+        counts = {"measured": 0, "by_rule": 0}
+        for node in gm.graph.nodes:
+            region = find_fact(node, Region)
+            if region is None or region.anchor is not Anchor.ATTENTION:
+                continue
+            anchor = attention_of(gm.get_submodule(str(node.target)))  # type: ignore[arg-type]
+            entries, measured = self._entries(attention_key(anchor))
+            length = key_length(anchor)
+            if isinstance(length, int):
+                entries = _only(entries, length)
+            set_fact(node, AttentionTable(length, entries, measured))
+            counts["measured" if measured else "by_rule"] += 1
+        return PassResult(gm, True, {topic: count for topic, count in counts.items() if count})
+
+    def _entries(self, key: AttentionKey) -> tuple[Entries, bool]:
+        if self.attention != "auto":
+            longest = ATTENTION_VARIANTS[self.attention]
+            return (((longest, self.attention), *_BY_RULE) if longest else ((None, self.attention),)), False
+        timings = self.measurements.attention.get(key)
+        return (_measured(timings), True) if timings else (_BY_RULE, False)
+
+
+def _only(entries: Entries, length: int) -> Entries:
+    """The one entry for a length that is known."""
+    return ((None, next(variant for upper, variant in entries if upper is None or length <= upper)),)
+
+
+def _measured(timings: dict[str, tuple[tuple[int, float], ...]]) -> Entries:
+    """A table by ``measured_entries``; a form is no choice where it does not fit, and one fits everywhere."""
+    lengths = [length for length, _ in timings[ONLINE]]
+    beyond = max(lengths[-1], *(most for most in ATTENTION_VARIANTS.values() if most is not None)) + 1
+    complete = {}
+    for variant, times in timings.items():
+        seconds = dict(times)
+        known = [(length, seconds.get(length, float("inf"))) for length in lengths]
+        complete[variant] = (*known, (beyond, 1.0 if variant == ONLINE else float("inf")))
+    return measured_entries(complete, baseline=ONLINE)
+
+
+def attention_of(body: GraphModule) -> Node:
+    """The attention that a region is built around."""
+    return next(node for node in body.graph.nodes if traits_of(node.target).flow is Flow.ATTENTION)
+
+
+def _arguments(anchor: Node) -> dict[str, object]:
+    names = (argument.name for argument in anchor.target._schema.arguments)  # type: ignore[union-attr]
+    return dict(zip(names, anchor.args, strict=True))
+
+
+def key_length(anchor: Node) -> Size:
+    """Bound of the keys of one sequence."""
+    given = _arguments(anchor)
+    if "max_seqlen_k" not in given:
+        return fact(given["k"], TensorType).shape[2]  # type: ignore[arg-type]
+    length = given["max_seqlen_k"]
+    return fact(length, SizeValue).value if isinstance(length, Node) else length  # type: ignore[return-value]
+
+
+def attention_key(anchor: Node) -> AttentionKey:
+    """What timings of this attention are filed under."""
+    given = _arguments(anchor)
+    q, k, v = (fact(given[name], TensorType) for name in "qkv")  # type: ignore[arg-type]
+    return AttentionKey(
+        size=int(q.shape[-1]),
+        value_size=int(v.shape[-1]),
+        group=int(q.shape[1]) // int(k.shape[1]),
+        dtype=str(q.dtype).removeprefix("torch."),
+        causal=bool(given["causal"]),
+        window_left=int(given["window_left"]),  # type: ignore[call-overload]
+        window_right=int(given["window_right"]),  # type: ignore[call-overload]
+        bias=isinstance(given["bias"], Node),
+    )

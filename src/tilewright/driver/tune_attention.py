@@ -1,0 +1,162 @@
+"""Times the forms of attention on this machine, once for each problem, and keeps the figures in the cache.
+
+What is timed is a program of one attention on packed tokens of sequences of uneven lengths, with a mean of about 0.6 of
+the longest, its operands slices of one matrix, as behind a joint projection.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from tilewright import settings
+from tilewright.codegen.cpu import store
+from tilewright.codegen.cpu.launch import num_threads
+from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.version import toolchain_version
+from tilewright.ir.facts import Origin, SizeValue, TensorType, find_fact, set_fact
+from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, set_info
+from tilewright.ir.measurements import AttentionKey
+from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, Region
+from tilewright.ir.sizes import BATCH, SEQ, Size
+from tilewright.passes.specialize_attention import attention_key, attention_of
+from tilewright.runtime.measure import Make, measure_gemm
+
+Timings = dict[str, tuple[tuple[int, float], ...]]
+Compile = Callable[[GraphModule, str], Callable[..., Any]]
+Progress = Callable[[int, int, str], None]
+
+# Lengths and seconds for each problem and length, by opt_level.
+_EFFORT: dict[int, tuple[tuple[int, ...], float]] = {
+    2: ((32, 64, 128, 256, 512), 0.05),
+    3: ((16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024), 0.3),
+}
+_TOKENS = 2048
+_HEADS = 4
+
+
+def attention_timings(
+    gm: GraphModule, opt_level: int, compile_one: Compile, progress: Progress | None
+) -> dict[AttentionKey, Timings]:
+    """Timings for all attentions of a graph at level fused, from the cache where they are there.
+
+    Args:
+        gm: the graph.
+        opt_level: how finely to measure; below 2, with the setting ``tune`` off, or in checked mode, in which kernels
+            take longer, nothing is measured.
+        compile_one: compiles a normalized graph with one form alone and returns what runs it.
+        progress: called before each problem with (number done, number in all, name).
+    """
+    if opt_level not in _EFFORT or not settings.get("tune") or settings.get_once("check"):
+        return {}
+    regions = [node for node in gm.graph.nodes if (fact := find_fact(node, Region)) and fact.anchor is Anchor.ATTENTION]
+    bodies = [gm.get_submodule(str(node.target)) for node in regions]
+    keys = list(dict.fromkeys(attention_key(attention_of(body)) for body in bodies if isinstance(body, GraphModule)))
+    found = {}
+    for done, key in enumerate(keys):
+        if progress is not None:
+            progress(done, len(keys), f"timing attention of heads of {key.size}")
+        found[key] = _stored(key, opt_level) or _measure(key, opt_level, compile_one)
+    return found
+
+
+def _entry(key: AttentionKey, opt_level: int) -> str:
+    parts = (*vars(key).values(), opt_level, CpuTarget.native().key, num_threads(), torch.__version__)
+    return store.key("attention-table", toolchain_version(), *map(str, parts))
+
+
+def _stored(key: AttentionKey, opt_level: int) -> Timings | None:
+    content = store.get(_entry(key, opt_level))
+    if content is None:
+        return None
+    return {name: tuple((length, seconds) for length, seconds in times) for name, times in json.loads(content).items()}
+
+
+def _measure(key: AttentionKey, opt_level: int, compile_one: Compile) -> Timings:
+    lengths, budget = _EFFORT[opt_level]
+    makes = {name: _runner(compile_one(attention_graph(key), name), key) for name in ATTENTION_VARIANTS}
+    found: Timings = dict.fromkeys(ATTENTION_VARIANTS, ())
+    for length in lengths:
+        fitting = {name: makes[name] for name, most in ATTENTION_VARIANTS.items() if most is None or length <= most}
+        for name, times in measure_gemm(fitting, (length,), budget).items():
+            found[name] += times
+    store.put(_entry(key, opt_level), json.dumps(found).encode())
+    return found
+
+
+def _runner(run: Callable[..., Any], key: AttentionKey) -> Make:
+    def make(length: int) -> Callable[[], None]:
+        inputs = attention_inputs(key, uneven_lengths(length))
+        return lambda: run(*inputs)
+
+    return make
+
+
+def uneven_lengths(longest: int) -> list[int]:
+    """Lengths of a batch from ``longest`` down to a fifth of it, in equal steps, of about as many tokens for all."""
+    count = min(32, max(2, _TOKENS // longest))
+    return [max(1, round(longest * (1.0 - 0.8 * place / (count - 1)))) for place in range(count)]
+
+
+def _heads(key: AttentionKey) -> tuple[int, int]:
+    return (_HEADS, _HEADS) if key.group == 1 else (2 * key.group, 2)
+
+
+def attention_inputs(key: AttentionKey, lengths: list[int]) -> list[torch.Tensor]:
+    """Inputs of ``attention_graph`` for sequences of these lengths."""
+    dtype = getattr(torch, key.dtype)
+    longest = max(lengths)
+    valid = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+    inputs = [torch.randn(len(lengths), longest, sum(_widths(key))).to(dtype), valid]
+    if key.bias:
+        inputs.append(torch.randn(1, _heads(key)[0], longest, longest).to(dtype))
+    return inputs
+
+
+def _widths(key: AttentionKey) -> tuple[int, int, int]:
+    heads, key_heads = _heads(key)
+    return heads * key.size, key_heads * key.size, key_heads * key.value_size
+
+
+def attention_graph(key: AttentionKey) -> GraphModule:
+    """A normalized graph of one attention.
+
+    Its inputs: x [B, S, q | k | v], valid [B, S], and a bias [1, H, S, S] where the key has one.
+    """
+    dtype = getattr(torch, key.dtype)
+    heads, key_heads = _heads(key)
+    graph = Graph()
+    specs = [InputSpec("x", dtype, (BATCH, SEQ, sum(_widths(key)))), InputSpec("valid", torch.bool, (BATCH, SEQ))]
+    if key.bias:
+        specs.append(InputSpec("bias", dtype, (1, heads, SEQ, SEQ)))
+    x, valid, *bias = (_typed(graph.placeholder(spec.name), spec.dtype, spec.shape) for spec in specs)
+    sizes = [graph.call_function(torch.ops.aten.sym_size.int, (x, axis)) for axis in (0, 1)]
+    for node, size in zip(sizes, (BATCH, SEQ), strict=True):
+        set_fact(node, SizeValue(size))
+        set_fact(node, Origin(made_by="tuning"))
+    parts, start = [], 0
+    for width, count in zip(_widths(key), (heads, key_heads, key_heads), strict=True):
+        piece = graph.call_function(torch.ops.aten.slice.Tensor, (x, 2, start, start + width))
+        split = graph.call_function(torch.ops.aten.reshape.default, (piece, [*sizes, count, width // count]))
+        moved = graph.call_function(torch.ops.aten.permute.default, (split, [0, 2, 1, 3]))
+        _typed(piece, dtype, (BATCH, SEQ, width))
+        _typed(split, dtype, (BATCH, SEQ, count, width // count))
+        parts.append(_typed(moved, dtype, (BATCH, count, SEQ, width // count)))
+        start += width
+    options = (key.size**-0.5, key.causal, key.window_left, key.window_right, 0.0)
+    arguments = (*parts, valid, bias[0] if bias else None, None, *options)
+    out = graph.call_function(torch.ops.tilewright.attention.default, arguments)
+    _typed(out, dtype, (BATCH, SEQ, heads, key.value_size))
+    graph.output((out,))
+    gm = GraphModule(torch.nn.Module(), graph)
+    output = OutputSpec(lambda flat: flat[0], ("out",))
+    set_info(gm, GraphInfo(Level.NORMALIZED, tuple(specs), output, name="attention"))
+    return gm
+
+
+def _typed(node: Node, dtype: torch.dtype, shape: tuple[Size, ...]) -> Node:
+    set_fact(node, TensorType(shape, dtype))
+    set_fact(node, Origin(made_by="tuning"))
+    return node
