@@ -45,8 +45,12 @@ def packed(
     softcap: float = 0.0,
     bias: str | None = None,
     sinks: bool = False,
+    nans: bool = False,
 ) -> None:
-    """Operands are slices of one [T, ...] tensor, as behind a joint projection; heads are merged again behind."""
+    """Operands are slices of one [T, ...] tensor, as behind a joint projection; heads are merged again behind.
+
+    With ``nans`` keys and values of rows that are no keys hold NaN.
+    """
     batch, length = valid.shape
     row_index, slots, *offsets = ops.pack_index(valid, keep_first)
     (query_heads, key_heads), (size, value_size) = heads, sizes
@@ -54,6 +58,12 @@ def packed(
     body = Body()
     x = body.input((TOKENS, sum(widths)), dtype)
     tensors = [torch.randn(row_index.shape[0], sum(widths)).to(dtype), *offsets, slots]
+    if nans:
+        number = torch.arange(row_index.shape[0])[:, None]
+        _, key_start, seqlens_k = offsets
+        dead = ((number < key_start) | (number >= key_start + seqlens_k)).all(dim=1)
+        assert dead.any()
+        tensors[0][dead, widths[0] :] = float("nan")
     parts, start = [], 0
     for width, count in zip(widths, (query_heads, key_heads, key_heads), strict=True):
         part = body.call(aten.slice.Tensor, x, 1, start, start + width)
@@ -88,6 +98,19 @@ def test_packed_uneven_lengths(form: str, dtype: torch.dtype) -> None:
 
 def test_packed_grouped_heads_of_odd_sizes(form: str) -> None:
     packed(form, lengths(70, 3), heads=(4, 2), sizes=(24, 40))
+
+
+MIXES = ((1, 2, 15, 16, 17), (127, 128, 0, 5), (129, 500, 1, 31))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=str)
+def test_packed_mixes_of_lengths(form: str, mix: tuple[int, ...]) -> None:
+    packed(form, lengths(*mix))
+
+
+def test_dead_rows_may_hold_anything(form: str) -> None:
+    """Rows that are queries and no keys, and rows that no sequence has, are not read as keys."""
+    packed(form, torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 1]]).repeat_interleave(20, 1), keep_first=True, nans=True)
 
 
 def test_packed_one_token(form: str) -> None:

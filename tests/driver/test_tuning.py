@@ -1,4 +1,6 @@
-"""GEMM tables by measurement: taken once, kept, visible in the graph; off, a rule decides."""
+"""Tables by measurement: taken once, kept, visible in the graph; off, a rule decides."""
+
+from typing import TypeVar
 
 import pytest
 import torch
@@ -6,14 +8,21 @@ from references import build
 
 import tilewright
 from tilewright import settings
-from tilewright.driver import tuning
+from tilewright.driver import tune_attention, tuning
 from tilewright.ir.facts import find_fact
-from tilewright.ir.regions import GEMM_VARIANTS, GemmTable
+from tilewright.ir.regions import GEMM_VARIANTS, AttentionTable, GemmTable
 
 
 def tables(compiled: tilewright.CompiledModel) -> list[GemmTable]:
+    return facts(compiled, GemmTable)
+
+
+T = TypeVar("T")
+
+
+def facts(compiled: tilewright.CompiledModel, kind: type[T]) -> list[T]:
     (variant,) = compiled.variants.values()
-    found = [find_fact(node, GemmTable) for node in variant.compiled.graph.graph.nodes]
+    found = [find_fact(node, kind) for node in variant.compiled.graph.graph.nodes]
     return [table for table in found if table is not None]
 
 
@@ -29,8 +38,10 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError("measured again")
 
         monkeypatch.setattr(tuning, "measure_gemm", fail)
+        monkeypatch.setattr(tune_attention, "measure_gemm", fail)
         again = tilewright.compile(model)
         assert tables(again) == first
+        assert all(table.measured for table in facts(again, AttentionTable))
     ids = torch.randint(3, 99, (2, 7))
     with torch.no_grad():
         expected = model(ids).last_hidden_state

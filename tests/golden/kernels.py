@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from tests.codegen.bodies import Body, emit
@@ -53,7 +54,7 @@ def gemm(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
     return kernel_steps(body, [out], Anchor.GEMM, weights=weights)
 
 
-def attention_packed(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
+def attention_packed(dtype: torch.dtype = torch.float32, variant: str = "online") -> list[KernelStep]:
     """Causal, windowed, grouped heads."""
     body = Body()
     q, k, v = (body.input((TOKENS, heads, 64), dtype) for heads in (4, 2, 2))
@@ -64,9 +65,8 @@ def attention_packed(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
     ]
     slots = body.input((TOKENS,), torch.int32)
     more = (None, None, SEQ, SEQ, 0.125, True, 100, -1, 0.0)
-    return kernel_steps(
-        body, [body.call(ops.attention_packed.default, q, k, v, *index, slots, slots, *more)], Anchor.ATTENTION
-    )
+    out = body.call(ops.attention_packed.default, q, k, v, *index, slots, slots, *more)
+    return kernel_steps(body, [out], Anchor.ATTENTION, variant=variant)
 
 
 def attention_padded(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
@@ -97,6 +97,8 @@ FAMILIES: dict[str, Callable[..., list[KernelStep]]] = {
     "scatter": scatter,
     "gemm": gemm,
     "attention_packed": attention_packed,
+    "attention_short": partial(attention_packed, variant="short_128"),
+    "attention_long": partial(attention_packed, variant="long"),
     "attention_padded": attention_padded,
     "index": index,
 }
