@@ -100,12 +100,9 @@ def test_packed_grouped_heads_of_odd_sizes(form: str) -> None:
     packed(form, lengths(70, 3), heads=(4, 2), sizes=(24, 40))
 
 
-MIXES = ((1, 2, 15, 16, 17), (127, 128, 0, 5), (129, 500, 1, 31))
-
-
-@pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_packed_mixes_of_lengths(form: str, mix: tuple[int, ...]) -> None:
-    packed(form, lengths(*mix))
+@pytest.mark.parametrize("longest", [128, 500])
+def test_packed_mixes_of_lengths(form: str, longest: int) -> None:
+    packed(form, lengths(*(n for n in (1, 127, 16, 500, 0, 15, 129, 2, 128, 17) if n <= longest)))
 
 
 def test_dead_rows_may_hold_anything(form: str) -> None:
@@ -117,17 +114,15 @@ def test_packed_one_token(form: str) -> None:
     packed(form, lengths(1))
 
 
-@pytest.mark.parametrize("sizes", [(24, 24), (8, 1)], ids=str)
-def test_packed_one_head(form: str, sizes: tuple[int, int]) -> None:
-    packed(form, lengths(9, 40), heads=(1, 1), sizes=sizes)
+def test_packed_one_head(form: str) -> None:
+    packed(form, lengths(9, 40), heads=(1, 1), sizes=(8, 1))
 
 
-@pytest.mark.parametrize("keep_first", [False, True])
-def test_packed_causal_left_padding(form: str, keep_first: bool) -> None:
-    packed(form, lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), keep_first=keep_first)
+def test_packed_causal_left_padding(form: str) -> None:
+    packed(form, lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), keep_first=True)
 
 
-@pytest.mark.parametrize("window", [(False, 5, 7), (True, 9, -1), (False, 0, 0), (False, -1, 3)], ids=str)
+@pytest.mark.parametrize("window", [(True, 9, -1), (False, 0, 0), (False, -1, 3)], ids=str)
 def test_packed_windows_count_slots_across_holes(form: str, window: tuple[bool, int, int]) -> None:
     packed(form, torch.rand(4, 150) < 0.6, window=window, keep_first=True)
 
@@ -190,7 +185,7 @@ def test_padded_with_any_mask_never_reads_pads(form: str, kind: torch.dtype) -> 
     assert (out[1] == 0).all()
 
 
-@pytest.mark.parametrize("window", [(True, -1, -1), (False, 9, 4), (True, 20, -1)], ids=str)
+@pytest.mark.parametrize("window", [(False, 9, 4), (True, 20, -1)], ids=str)
 def test_padded_fewer_queries_than_keys(form: str, window: tuple[bool, int, int]) -> None:
     padded(form, 20, 150, torch.rand(3, 150) < 0.7, window=window)
 
@@ -217,7 +212,7 @@ def test_keys_and_queries_that_are_computed(form: str) -> None:
     assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION, variant=variant_of(form, 40))
 
 
-@pytest.mark.parametrize("window", [(False, -1, -1), (True, -1, -1), (False, 5, 7), (True, 9, -1)], ids=str)
+@pytest.mark.parametrize("window", [(False, 5, 7), (True, 9, -1)], ids=str)
 def test_queries_that_are_some_of_the_tokens(form: str, window: tuple[bool, int, int]) -> None:
     """One query of each sequence, at any of its slots; keys are all valid tokens."""
     valid = torch.rand(5, 90) < 0.6
