@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch.fx import GraphModule, Node
 
 from tilewright.errors import OptionError
@@ -11,13 +12,16 @@ from tilewright.ir.facts import TensorType, fact, find_fact, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.measurements import GemmKey, Measurements
 from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
-from tilewright.ir.sizes import product
+from tilewright.ir.sizes import Size, product
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.base import Pass, PassResult
 
 VENDOR = "vendor"
 
 Entries = tuple[tuple[int | None, str], ...]
+
+# Timings of one variant differ by this much from one measurement to the next on a machine with other work to do.
+_NOISE = 0.05
 
 # Without measurements. Up to about 32 rows a GEMM is bound by reading its weight, and a kernel with the epilogue inside
 # saves passes over its result; above, the vendor library's tuning counts for more. DeepSpeed Inference switches alike.
@@ -56,8 +60,8 @@ class Specialize(Pass):
             region = find_fact(node, Region)
             if region is None or region.anchor is not Anchor.GEMM:
                 continue
-            anchor = gemm_of(gm.get_submodule(str(node.target)))  # type: ignore[arg-type]
-            key = gemm_key(anchor)
+            body = gm.get_submodule(str(node.target))
+            anchor, key = gemm_of(body), gemm_key(body)  # type: ignore[arg-type]
             entries, measured = self._entries(key)
             rows = product(fact(anchor, TensorType).shape[:-1])
             set_fact(node, GemmTable(rows, entries, measured))
@@ -66,7 +70,7 @@ class Specialize(Pass):
 
     def _entries(self, key: GemmKey) -> tuple[Entries, bool]:
         timings = self.measurements.seconds.get(key, {})
-        if self.gemm == "auto" and VENDOR in timings:
+        if self.gemm == "auto" and timings:
             return measured_entries(timings), True
         return _BY_RULE.get(self.gemm, ((None, self.gemm),)), False
 
@@ -76,42 +80,86 @@ def gemm_of(body: GraphModule) -> Node:
     return next(node for node in body.graph.nodes if traits_of(node.target).flow is Flow.CONTRACT)
 
 
-def gemm_key(anchor: Node) -> GemmKey:
-    """What timings of this product are filed under."""
+def gemm_key(body: GraphModule) -> GemmKey:
+    """What timings of a GEMM region are filed under: regions that differ in their number of rows alone share them."""
+    anchor = gemm_of(body)
     weight = anchor.args[1]
     if not isinstance(weight, Node):
         raise TypeError(f"the weight of '{anchor.name}' is not a node")
     kind = fact(weight, TensorType)
     n, k = (int(size) for size in kind.shape)
-    return GemmKey(n, k, str(kind.dtype).removeprefix("torch."))
+    return GemmKey(n, k, str(kind.dtype).removeprefix("torch."), _around(body, anchor))
 
 
-def measured_entries(timings: Mapping[str, Sequence[tuple[int, float]]], baseline: str = VENDOR) -> Entries:
-    """A table that is never slower than ``baseline`` as far as was measured.
+def _around(body: GraphModule, anchor: Node) -> str:
+    rows = fact(anchor, TensorType).shape[:-1]
+    names = {anchor: "product"}
+    calls: list[str] = []
+    for node in body.graph.nodes:
+        if node.op == "placeholder":
+            kind = find_fact(node, TensorType)
+            names[node] = "size" if kind is None else _kind_text(kind, rows)
+        elif node.op == "output":
+            if len(node.args[0]) > 1:
+                calls.append(", ".join(names[result] for result in node.args[0]))
+        elif node is not anchor:
+            names[node] = f"%{len(calls)}"
+            args = [str(torch.fx.node.map_arg(arg, lambda source: _Named(names[source]))) for arg in node.args]
+            args += [f"{name}={value}" for name, value in sorted(node.kwargs.items())]
+            calls.append(f"{node.target}({', '.join(args)})")
+    return "; ".join(calls)
 
-    At a measured row count the fastest variant is chosen; between two of them, the fastest that beats the
-    baseline at both; below the least and above the greatest the choice there holds.
+
+class _Named(str):
+    """A name that prints without quotes where it stands in an argument list."""
+
+    __repr__ = str.__str__
+
+
+def _kind_text(kind: TensorType, rows: tuple[Size, ...]) -> str:
+    leading = "rows" if kind.shape[:-1] == rows else "x".join(map(str, kind.shape[:-1]))
+    return f"{str(kind.dtype).removeprefix('torch.')}[{leading}, {kind.shape[-1] if kind.shape else ''}]"
+
+
+def measured_entries(timings: Mapping[str, Sequence[tuple[int, float]]]) -> Entries:
+    """The simplest table that is as fast as was measured, but for what counts as noise.
+
+    At each measured row count a variant within ``_NOISE`` of the fastest is chosen; of the tables that do so, one with
+    the fewest changes, and of those the fastest. Between two counts with different choices the one that loses less at
+    the count that is not its own holds; below the least and above the greatest count the choice there holds.
 
     Args:
-        timings: by variant, the baseline among them, (rows, seconds) at the same row counts.
+        timings: by variant, (rows, seconds) at the same row counts.
     """
+    counts = sorted({count for times in timings.values() for count, _ in times})
     seconds = {variant: dict(times) for variant, times in timings.items()}
-    counts = sorted(seconds[baseline])
+    losses = [_losses(seconds, count) for count in counts]
+    chosen = _fewest_changes(losses)
     entries: list[tuple[int | None, str]] = []
-    for place, count in enumerate(counts):
-        if place and count - counts[place - 1] > 1:
-            entries.append((count - 1, _fastest(seconds, (counts[place - 1], count), baseline)))
-        entries.append((count, _fastest(seconds, (count,), baseline)))
-    entries[-1] = (None, entries[-1][1])
-    return tuple(
-        entry for entry, after in zip(entries, [*entries[1:], (None, "")], strict=True) if entry[1] != after[1]
-    )
+    for place in range(len(counts) - 1):
+        here, after = chosen[place], chosen[place + 1]
+        if here != after:
+            stays = losses[place + 1][here] <= losses[place][after]
+            entries.append((counts[place + 1] - 1 if stays else counts[place], here))
+    return (*entries, (None, chosen[-1]))
 
 
-def _fastest(seconds: Mapping[str, Mapping[int, float]], counts: Sequence[int], baseline: str) -> str:
-    """The variant that beats the baseline at all these counts and by most on the whole, else the baseline."""
-    ratios = {
-        variant: [times[count] / seconds[baseline][count] for count in counts] for variant, times in seconds.items()
-    }
-    winners = {variant: sum(each) for variant, each in ratios.items() if max(each) < 1.0}
-    return min(winners, key=lambda variant: winners[variant], default=baseline)
+def _losses(seconds: Mapping[str, Mapping[int, float]], count: int) -> dict[str, float]:
+    """How much longer than the fastest each variant takes, as a ratio less 1."""
+    fastest = min(times[count] for times in seconds.values())
+    return {variant: times[count] / fastest - 1.0 for variant, times in seconds.items()}
+
+
+def _fewest_changes(losses: Sequence[Mapping[str, float]]) -> list[str]:
+    """A variant for each count, each within the noise: by dynamic programming over (changes, sum of losses)."""
+    paths: dict[str, tuple[int, float, list[str]]] = {}
+    for at in losses:
+        following = {}
+        for variant, loss in at.items():
+            if loss > _NOISE:
+                continue
+            ways = [(n + (path[-1] != variant), total, path) for n, total, path in paths.values()] or [(0, 0.0, [])]
+            n, total, path = min(ways, key=lambda way: way[:2])
+            following[variant] = (n, total + loss, [*path, variant])
+        paths = following
+    return min(paths.values(), key=lambda way: way[:2])[2]

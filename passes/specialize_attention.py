@@ -81,7 +81,7 @@ def _measured(timings: dict[str, tuple[tuple[int, float], ...]]) -> Entries:
         seconds = dict(times)
         known = [(length, seconds.get(length, float("inf"))) for length in lengths]
         complete[variant] = (*known, (beyond, 1.0 if variant == ONLINE else float("inf")))
-    return measured_entries(complete, baseline=ONLINE)
+    return measured_entries(complete)
 
 
 def attention_of(body: GraphModule) -> Node:

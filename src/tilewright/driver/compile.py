@@ -136,17 +136,17 @@ def _run_passes(
         return gm, records
     found = Measurements()
     if options.gemm == "auto":
-        found = measurements_for(gm, options.opt_level, _compile_gemm, progress)
+        found = measurements_for(gm, options.opt_level, _compile_specialized, progress)
     found = replace(found, attention=attention_timings(gm, options.opt_level, compile_attention, progress))
     passes = pipeline(options.opt_level, options.unpad, options.gemm, found)
     gm, more = run_pipeline(gm, passes[len(front) :], observers, first=len(front) + 1)
     return gm, records + more
 
 
-def _compile_gemm(gm: GraphModule, variant: str) -> Program:
-    """A normalized graph as a program with one GEMM variant."""
-    passes = [each for each in pipeline(2, "off", variant) if each.ensures > Level.NORMALIZED]
-    gm, _ = run_pipeline(gm, passes)
+def _compile_specialized(gm: GraphModule) -> Program:
+    """A specialized graph as a program. It may return nothing, which no level's spec allows, so it is not verified."""
+    passes = [each for each in pipeline(2) if each.requires >= Level.SPECIALIZED]
+    gm, _ = run_pipeline(gm, passes, verify=False)
     return load(gm, Stats())
 
 

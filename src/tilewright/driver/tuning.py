@@ -1,37 +1,41 @@
 """Times the GEMM variants on this machine, once for each problem, and keeps the figures in the cache.
 
-What is timed is a whole program of one linear, run as models run it: the vendor library through its step, our kernels
-through theirs. Figures are filed under everything they depend on; another CPU, thread count or version measures anew.
+What is timed are the graph's own regions, with their epilogues and weights, one after another as layers have them: a
+vendor call then has its switch from native code and its epilogue kernel, and weights come from where they come from in
+a model. Figures are filed under everything they depend on; another CPU, thread count or version measures anew.
 """
 
 import json
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from tilewright import settings
 from tilewright.codegen.cpu import store
 from tilewright.codegen.cpu.launch import num_threads
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.codegen.cpu.version import toolchain_version
-from tilewright.ir.facts import Origin, TensorType, find_fact, set_fact
-from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, set_info
+from tilewright.ir.facts import TensorType, TupleType, all_facts, fact, find_fact, set_fact
+from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, get_tensor, info, set_info, update_info
 from tilewright.ir.measurements import GemmKey, Measurements
-from tilewright.ir.regions import GEMM_VARIANTS, Anchor, Region
-from tilewright.ir.sizes import BATCH, Size
-from tilewright.passes.specialize import gemm_key, gemm_of
+from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
+from tilewright.ir.sizes import Size, product
+from tilewright.passes.specialize import gemm_key
 from tilewright.runtime.measure import Make, measure_gemm
 
-# Row counts and seconds for each problem, by opt_level. Between two counts that differ in their winner the table stays
-# with the vendor library unless one variant beats it at both, so more counts make a finer table.
+# Row counts and seconds for each problem, by opt_level.
 _EFFORT: dict[int, tuple[tuple[int, ...], float]] = {
-    2: ((1, 8, 32, 128, 512), 0.25),
+    2: ((1, 4, 16, 32, 64, 256), 0.25),
     3: ((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), 3.0),
 }
+_MOST_REGIONS = 2
+"""Regions of one problem that are timed together, so that each finds the other's weight in the nearer caches."""
 
-Compile = Callable[[GraphModule, str], Callable[..., Any]]
+Compile = Callable[[GraphModule], Callable[..., Any]]
 Progress = Callable[[int, int, str], None]
 
 
@@ -42,19 +46,21 @@ def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, prog
         gm: the graph.
         opt_level: how long to measure; below 2, with the setting ``tune`` off, or in checked mode, in which kernels
             take longer, nothing is measured.
-        compile_one: compiles a graph with one GEMM variant alone and returns what runs it.
+        compile_one: compiles a graph at level specialized and returns what runs it.
         progress: called before each problem with (number done, number in all, name).
     """
     if opt_level not in _EFFORT or not settings.get("tune") or settings.get_once("check"):
         return Measurements()
-    regions = [node for node in gm.graph.nodes if (fact := find_fact(node, Region)) and fact.anchor is Anchor.GEMM]
-    bodies = [gm.get_submodule(str(node.target)) for node in regions]
-    keys = list(dict.fromkeys(gemm_key(gemm_of(body)) for body in bodies if isinstance(body, GraphModule)))
+    problems: dict[GemmKey, list[Node]] = {}
+    for node in gm.graph.nodes:
+        region = find_fact(node, Region)
+        if region is not None and region.anchor is Anchor.GEMM and _runs_alone(node):
+            problems.setdefault(gemm_key(_body(gm, node)), []).append(node)
     found = {}
-    for done, key in enumerate(keys):
+    for done, (key, calls) in enumerate(problems.items()):
         if progress is not None:
-            progress(done, len(keys), f"timing GEMM {key.n}x{key.k}")
-        found[key] = _stored(key, opt_level) or _measure(key, opt_level, compile_one)
+            progress(done, len(problems), f"timing GEMM {key.n}x{key.k}")
+        found[key] = _stored(key, opt_level) or _measure(gm, key, calls, opt_level, compile_one)
     return Measurements(found)
 
 
@@ -62,7 +68,7 @@ Timings = dict[str, tuple[tuple[int, float], ...]]
 
 
 def _entry(key: GemmKey, opt_level: int) -> str:
-    parts = (key.n, key.k, key.dtype, opt_level, CpuTarget.native().key, num_threads(), torch.__version__)
+    parts = (key.n, key.k, key.dtype, key.around, opt_level, CpuTarget.native().key, num_threads(), torch.__version__)
     return store.key("gemm-table", toolchain_version(), *map(str, parts))
 
 
@@ -73,38 +79,101 @@ def _stored(key: GemmKey, opt_level: int) -> Timings | None:
     return {name: tuple((rows, seconds) for rows, seconds in times) for name, times in json.loads(content).items()}
 
 
-def _measure(key: GemmKey, opt_level: int, compile_one: Compile) -> Timings:
+def _measure(gm: GraphModule, key: GemmKey, calls: list[Node], opt_level: int, compile_one: Compile) -> Timings:
     rows, budget = _EFFORT[opt_level]
-    dtype = getattr(torch, key.dtype)
-    runs = {name: _runner(compile_one(_linear(key, dtype), name), key, dtype) for name in GEMM_VARIANTS}
+    same_rows = [call for call in calls if _rows(call) == _rows(calls[0])]
+    alone = regions_alone(gm, same_rows[:_MOST_REGIONS])
+    runs = {}
+    for variant in GEMM_VARIANTS:
+        specialize_all(alone, variant)
+        runs[variant] = _runner(compile_one(alone), info(alone).inputs)
     timings = measure_gemm(runs, rows, budget)
     store.put(_entry(key, opt_level), json.dumps(timings).encode())
     return timings
 
 
-def _runner(run: Callable[..., Any], key: GemmKey, dtype: torch.dtype) -> Make:
+def _runner(run: Callable[..., Any], inputs: tuple[InputSpec, ...]) -> Make:
     def make(rows: int) -> Callable[[], None]:
-        x = torch.randn(rows, key.k).to(dtype)
-        return lambda: run(x)
+        given = [_example(spec, rows) for spec in inputs]
+        return lambda: run(*given)
 
     return make
 
 
-def _linear(key: GemmKey, dtype: torch.dtype) -> GraphModule:
-    """A normalized graph of one linear on x [B, K]."""
-    root = torch.nn.Module()
-    root.register_buffer("weight", torch.randn(key.n, key.k).to(dtype))
-    root.register_buffer("bias", torch.randn(key.n).to(dtype))
-    graph = Graph()
-    x, weight, bias = graph.placeholder("x"), graph.get_attr("weight"), graph.get_attr("bias")
-    out = graph.call_function(torch.ops.aten.linear.default, (x, weight, bias))
-    graph.output((out,))
-    shapes: dict[Any, tuple[Size, ...]] = {x: (BATCH, key.k), weight: (key.n, key.k), bias: (key.n,)}
-    shapes[out] = (BATCH, key.n)
-    for node, shape in shapes.items():
-        set_fact(node, TensorType(shape, dtype))
-        set_fact(node, Origin(made_by="tuning"))
-    gm = GraphModule(root, graph)
-    output = OutputSpec(lambda flat: flat[0], ("out",))
-    set_info(gm, GraphInfo(Level.NORMALIZED, (InputSpec("x", dtype, (BATCH, key.k)),), output, name="gemm"))
-    return gm
+def _example(spec: InputSpec, rows: int) -> torch.Tensor:
+    """Contents of an input; of several unknown sizes the last counts the rows."""
+    unknown = [axis for axis, size in enumerate(spec.shape) if not isinstance(size, int)]
+    shape = [
+        rows if axis in unknown[-1:] else size if isinstance(size, int) else 1 for axis, size in enumerate(spec.shape)
+    ]
+    return torch.randn(shape).to(spec.dtype) if spec.dtype.is_floating_point else torch.zeros(shape, dtype=spec.dtype)
+
+
+def _body(gm: GraphModule, call: Node) -> GraphModule:
+    body = gm.get_submodule(str(call.target))
+    assert isinstance(body, GraphModule)
+    return body
+
+
+def _sources(call: Node) -> list[Node]:
+    """What a region reads, in the order of its placeholders; sizes included."""
+    return [source for source in call.args if isinstance(source, Node)]
+
+
+def _rows(call: Node) -> tuple[Size, ...]:
+    """Leading sizes of a region's first result."""
+    return fact(call, TupleType).items[0].shape[:-1]
+
+
+def _runs_alone(call: Node) -> bool:
+    """Whether a program of this region alone can be called with any number of rows."""
+    rows = _rows(call)
+    symbols = [size for size in rows if not isinstance(size, int)]
+    if not symbols or not all(isinstance(size, sympy.Symbol) for size in symbols):
+        return False
+    kinds = [find_fact(source, TensorType) for source in _sources(call)]
+    sizes = [size for kind in kinds if kind is not None for size in kind.shape if not isinstance(size, int)]
+    return all(kind is not None for kind in kinds) and set(sizes) == set(symbols)
+
+
+def regions_alone(gm: GraphModule, calls: Sequence[Node]) -> GraphModule:
+    """A graph at level fused that calls some regions of a graph one after the other, on the same rows.
+
+    Weights are the graph's own. Nothing is returned, so results lie in planned memory, as in the middle of a model.
+    """
+    root, graph, specs = torch.nn.Module(), Graph(), []
+    made: dict[Any, Node] = {}
+    for number, call in enumerate(calls):
+        sources = []
+        for place, source in enumerate(_sources(call)):
+            kind = fact(source, TensorType)
+            key = source.target if source.op == "get_attr" else place
+            if key not in made and source.op == "get_attr":
+                root.register_buffer(f"weight_{len(made)}", get_tensor(gm, source).detach())
+                made[key] = graph.get_attr(f"weight_{len(made)}")
+            elif key not in made:
+                made[key] = graph.placeholder(f"x_{place}")
+                specs.append(InputSpec(f"x_{place}", kind.dtype, kind.shape))
+            _copy_facts(source, made[key])
+            sources.append(made[key])
+        root.add_module(f"region_{number}", _body(gm, call))
+        run = graph.call_module(f"region_{number}", tuple(sources))
+        _copy_facts(call, run)
+        for user in call.users:
+            _copy_facts(user, graph.call_function(operator.getitem, (run, user.args[1])))
+    graph.output(())
+    alone = GraphModule(root, graph)
+    set_info(alone, GraphInfo(Level.FUSED, tuple(specs), OutputSpec(tuple, ()), name="gemm"))
+    return alone
+
+
+def specialize_all(gm: GraphModule, variant: str) -> None:
+    """Gives each region of a graph the same variant for every row count."""
+    for call in gm.graph.find_nodes(op="call_module"):
+        set_fact(call, GemmTable(product(_rows(call)), ((None, variant),)))
+    update_info(gm, level=Level.SPECIALIZED)
+
+
+def _copy_facts(source: Node, target: Node) -> None:
+    for record in all_facts(source):
+        set_fact(target, record)

@@ -5,11 +5,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class GemmKey:
-    """A GEMM problem: out[M, N] = x[M, K] @ w[N, K].T, with the dtype's name."""
+    """A GEMM problem: out[M, N] = x[M, K] @ w[N, K].T, with the dtype's name and what its region computes around it.
+
+    Attributes:
+        around: the region's other calls in a canonical text; empty for a product, with or without bias, by itself.
+    """
 
     n: int
     k: int
     dtype: str
+    around: str = ""
 
 
 @dataclass(frozen=True)
