@@ -45,7 +45,7 @@ def test_unknown_form() -> None:
 
 
 def test_measurements_decide_between_lengths() -> None:
-    """At 64 the short form wins, at 128 it loses less than the other at 64; the long one wins at 512, and beyond its bound only one fits."""
+    """At 64 the short form wins, and at 128 loses less than another at 64; the long one wins at 512; then one fits."""
     timings = {
         "online": ((64, 2.0), (128, 2.0), (512, 4.0)),
         "short_128": ((64, 1.0), (128, 3.0)),
