@@ -62,6 +62,8 @@ def why_not_joined(producer: Group, consumer: Group, between: Iterable[Node]) ->
         head = next(iter(group.members)).name
         if group.anchor is Anchor.INDEX:
             return f"the row index '{head}' must be complete before any packed row is known"
+        if group.anchor is Anchor.ATTENTION and group is consumer:
+            return f"the attention kernel '{head}' would compute it again for every block of queries"
         if group.anchor is Anchor.ATTENTION:
             return f"the attention kernel '{head}' computes attention alone"
     if Anchor.GEMM in (producer.anchor, consumer.anchor):

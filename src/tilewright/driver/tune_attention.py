@@ -5,7 +5,7 @@ the longest, its operands slices of one matrix, as behind a joint projection.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,8 @@ def _stored(key: AttentionKey, opt_level: int) -> Timings | None:
 
 def _measure(key: AttentionKey, opt_level: int, compile_one: Compile) -> Timings:
     lengths, budget = _EFFORT[opt_level]
-    makes = {name: _runner(compile_one(attention_graph(key), name), key) for name in ATTENTION_VARIANTS}
+    heads = _query_heads(key)
+    makes = {name: _runner(compile_one(attention_graph(key, heads), name), key, heads) for name in ATTENTION_VARIANTS}
     found: Timings = dict.fromkeys(ATTENTION_VARIANTS, ())
     for length in lengths:
         fitting = {name: makes[name] for name, most in ATTENTION_VARIANTS.items() if most is None or length <= most}
@@ -86,9 +87,9 @@ def _measure(key: AttentionKey, opt_level: int, compile_one: Compile) -> Timings
     return found
 
 
-def _runner(run: Callable[..., Any], key: AttentionKey) -> Make:
+def _runner(run: Callable[..., Any], key: AttentionKey, heads: int) -> Make:
     def make(length: int) -> Callable[[], None]:
-        inputs = attention_inputs(key, uneven_lengths(length))
+        inputs = attention_inputs(key, heads, uneven_lengths(length))
         return lambda: run(*inputs)
 
     return make
@@ -100,35 +101,35 @@ def uneven_lengths(longest: int) -> list[int]:
     return [max(1, round(longest * (1.0 - 0.8 * place / (count - 1)))) for place in range(count)]
 
 
-def _heads(key: AttentionKey) -> tuple[int, int]:
-    return (_HEADS, _HEADS) if key.group == 1 else (2 * key.group, 2)
+def _query_heads(key: AttentionKey) -> int:
+    return _HEADS if key.group == 1 else 2 * key.group
 
 
-def attention_inputs(key: AttentionKey, lengths: list[int]) -> list[torch.Tensor]:
+def attention_inputs(key: AttentionKey, heads: int, lengths: Sequence[int]) -> list[torch.Tensor]:
     """Inputs of ``attention_graph`` for sequences of these lengths."""
     dtype = getattr(torch, key.dtype)
     longest = max(lengths)
     valid = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
-    inputs = [torch.randn(len(lengths), longest, sum(_widths(key))).to(dtype), valid]
+    inputs = [torch.randn(len(lengths), longest, sum(_widths(key, heads))).to(dtype), valid]
     if key.bias:
-        inputs.append(torch.randn(1, _heads(key)[0], longest, longest).to(dtype))
+        inputs.append(torch.randn(1, heads, longest, longest).to(dtype))
     return inputs
 
 
-def _widths(key: AttentionKey) -> tuple[int, int, int]:
-    heads, key_heads = _heads(key)
+def _widths(key: AttentionKey, heads: int) -> tuple[int, int, int]:
+    key_heads = heads // key.group
     return heads * key.size, key_heads * key.size, key_heads * key.value_size
 
 
-def attention_graph(key: AttentionKey) -> GraphModule:
-    """A normalized graph of one attention.
+def attention_graph(key: AttentionKey, heads: int) -> GraphModule:
+    """A normalized graph of one attention with so many query heads.
 
     Its inputs: x [B, S, q | k | v], valid [B, S], and a bias [1, H, S, S] where the key has one.
     """
     dtype = getattr(torch, key.dtype)
-    heads, key_heads = _heads(key)
+    widths, key_heads = _widths(key, heads), heads // key.group
     graph = Graph()
-    specs = [InputSpec("x", dtype, (BATCH, SEQ, sum(_widths(key)))), InputSpec("valid", torch.bool, (BATCH, SEQ))]
+    specs = [InputSpec("x", dtype, (BATCH, SEQ, sum(widths))), InputSpec("valid", torch.bool, (BATCH, SEQ))]
     if key.bias:
         specs.append(InputSpec("bias", dtype, (1, heads, SEQ, SEQ)))
     x, valid, *bias = (_typed(graph.placeholder(spec.name), spec.dtype, spec.shape) for spec in specs)
@@ -137,7 +138,7 @@ def attention_graph(key: AttentionKey) -> GraphModule:
         set_fact(node, SizeValue(size))
         set_fact(node, Origin(made_by="tuning"))
     parts, start = [], 0
-    for width, count in zip(_widths(key), (heads, key_heads, key_heads), strict=True):
+    for width, count in zip(widths, (heads, key_heads, key_heads), strict=True):
         piece = graph.call_function(torch.ops.aten.slice.Tensor, (x, 2, start, start + width))
         split = graph.call_function(torch.ops.aten.reshape.default, (piece, [*sizes, count, width // count]))
         moved = graph.call_function(torch.ops.aten.permute.default, (split, [0, 2, 1, 3]))
