@@ -18,6 +18,7 @@ from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.kernels import Progress, build_kernels, kernel_steps
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.tune_attention import attention_timings
+from tilewright.driver.sentence_transformers import compile_pipeline, is_pipeline
 from tilewright.driver.tuning import measurements_for
 from tilewright.errors import CodegenError
 from tilewright.ir.graph import Level
@@ -69,12 +70,13 @@ def compile(
     target: str = "auto",
     gemm: str = "auto",
     cache_dir: str | Path | None = None,
-) -> CompiledModel:
+) -> Any:
     """Compiles a model into Triton kernels.
 
     Args:
         model: a transformers model, any ``torch.nn.Module``, an ``ExportedProgram``, or an ``fx.GraphModule``; in eval
             mode. It is not changed. A model whose inputs cannot be known beforehand is captured at its first call.
+            Also a ``SentenceTransformer``, ``CrossEncoder`` or another pipeline of sentence-transformers.
         dtype: compute and weight dtype; None keeps the model's own.
         opt_level: 0 captures, normalizes and runs reference kernels (the oracle); 1 adds packing; 2 adds fusion and
             measured GEMM tables; 3 tunes longer.
@@ -85,8 +87,9 @@ def compile(
         cache_dir: where kernels and tables are kept; default: the user's cache folder.
 
     Returns:
-        A callable that takes what the model takes and returns the same output class with the same fields. Masked
-        positions of per-token outputs are 0.
+        A ``CompiledModel``: a callable that takes what the model takes and returns the same output class with the same
+        fields. Masked positions of per-token outputs are 0. Of a pipeline, a copy of its own class whose transformers
+        models are compiled.
 
     Raises:
         OptionError: an option has a value that is not a choice.
@@ -94,6 +97,8 @@ def compile(
         PackingRefused: ``unpad="on"`` and packing is not legal, or the model cannot be captured.
     """
     options = CompileOptions(dtype, opt_level, unpad, target, gemm, Path(cache_dir) if cache_dir else None)
+    if is_pipeline(model):
+        return compile_pipeline(model, options)
     check_model(model)
     return CompiledModel(model, options)
 
