@@ -35,10 +35,10 @@ class ErrorRule:
         self.eager = max(self.eager, float((eager.double() - reference).abs().max()))
         self.largest = max(self.largest, float(reference.abs().max()))
 
-    def check(self) -> None:
-        """Fails when our error breaks the rule."""
+    def check(self, what: str = "") -> None:
+        """Fails when our error breaks the rule; ``what`` says of what."""
         bound = 2 * self.eager + 1e-6 * self.largest
-        assert self.ours <= bound, f"error {self.ours:.3e}, eager's {self.eager:.3e}, bound {bound:.3e}"
+        assert self.ours <= bound, f"{what} error {self.ours:.3e}, eager's {self.eager:.3e}, bound {bound:.3e}"
 
 
 def in_double(model: torch.nn.Module) -> torch.nn.Module:
