@@ -1,9 +1,10 @@
 """From the placed graph to a program: values, views as strides, and the steps of each region in order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import GraphModule, Node
 
 from tilewright.codegen.builder import ProgramBuilder
@@ -23,7 +24,9 @@ Emit = Callable[[RegionCall, ProgramBuilder, str | None], tuple[KernelStep | Ven
 _CU_SEQLENS = 2  # place among the results of pack_index
 
 
-def assemble(gm: GraphModule, emit: Emit = emit_region) -> ProgramSpec:
+def assemble(
+    gm: GraphModule, emit: Emit = emit_region, interleaved: Mapping[torch.dtype, int] | None = None
+) -> ProgramSpec:
     """Turns a placed graph into a program.
 
     A region for which no kernel can be made runs eager, with the emitter's reason; ``notes["eager"]`` lists these by
@@ -32,11 +35,12 @@ def assemble(gm: GraphModule, emit: Emit = emit_region) -> ProgramSpec:
     Args:
         gm: graph at level placed.
         emit: makes the steps of one region in a variant.
+        interleaved: how weights of products are laid out, as of ``ProgramBuilder``.
 
     Raises:
         CodegenError: the graph breaks its level's spec.
     """
-    assembler = _Assembler(gm, emit)
+    assembler = _Assembler(gm, emit, ProgramBuilder(interleaved))
     for node in gm.graph.nodes:
         assembler.add(node)
     return assembler.spec()
@@ -45,10 +49,10 @@ def assemble(gm: GraphModule, emit: Emit = emit_region) -> ProgramSpec:
 class _Assembler:
     """Walks the outer graph; ``views`` holds where each tensor node lies."""
 
-    def __init__(self, gm: GraphModule, emit: Emit) -> None:
+    def __init__(self, gm: GraphModule, emit: Emit, builder: ProgramBuilder) -> None:
         self.gm = gm
         self.emit = emit
-        self.builder = ProgramBuilder()
+        self.builder = builder
         self.views: dict[Node, View] = {}
         self.steps: list[Step] = []
         self.eager: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """Collects the values and weights of a program while its steps are emitted."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -14,28 +15,42 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
     """Shape of a weight [N, K] after a load-time layout (names: ``tilewright.ir.program.Weight``).
 
     Returns:
-        "as_is" and "vendor": unchanged (the vendor's own form is opaque); "kn": [K, N]; "panels:P": [ceil(N/P), K, P].
+        "as_is" and "vendor": unchanged (the vendor's own form is opaque); "kn": [K, N]; "panels:P": [ceil(N/P), K, P];
+        "panels:P:G": [ceil(N/P), K/G, P, G].
 
     Raises:
         CodegenError: the layout is unknown, or the weight is not a matrix.
     """
-    name, _, width = layout.partition(":")
+    name, _, form = layout.partition(":")
+    width, _, group = form.partition(":")
     if name in ("as_is", "vendor") and not width:
         return shape
     if len(shape) == 2 and name == "kn" and not width:
         return (shape[1], shape[0])
     if len(shape) == 2 and name == "panels" and width.isdigit() and int(width) > 0:
-        return (ceil_div(shape[0], int(width)), shape[1], int(width))
-    raise CodegenError(f"no layout '{layout}' for a weight of shape {shape}", hint="as_is, kn, panels:<n> or vendor")
+        count, k = ceil_div(shape[0], int(width)), shape[1]
+        if not group:
+            return (count, k, int(width))
+        if group.isdigit() and int(group) > 0 and isinstance(k, int) and k % int(group) == 0:
+            return (count, k // int(group), int(width), int(group))
+    raise CodegenError(
+        f"no layout '{layout}' for a weight of shape {shape}",
+        hint="as_is, kn, panels:<n>, panels:<n>:<divisor of k> or vendor",
+    )
 
 
 class ProgramBuilder:
     """Values and weights of one program; each emitter adds what it needs.
 
     A value's index is its position in ``values``. Names are made unique by a suffix.
+
+    Args:
+        interleaved: how many neighbours along K lie together in the weights of a product, by element type; for
+            processors that sum their products in one step. 1 where it is not said.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, interleaved: Mapping[torch.dtype, int] | None = None) -> None:
+        self.interleaved = dict(interleaved or {})
         self.values: list[Value] = []
         self.weights: dict[str, Weight] = {}
         self._names: set[str] = set()

@@ -26,6 +26,7 @@ from tilewright.ir import views
 from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ir.program import KernelStep, VendorLinear, View
 from tilewright.ir.sizes import Size, ceil_div, contiguous_strides, product
+from tilewright.ops import Flow, traits_of
 
 aten = torch.ops.aten
 
@@ -45,6 +46,7 @@ _TILES = {
     torch.float32: (64, 256),
     torch.float16: (64, 128),
     torch.bfloat16: (64, 128),
+    torch.int8: (64, 256),
 }
 # Rows of a tile by variant: of few rows up to 8; from some hundreds on tall tiles win 2 % (8 % in half types), below
 # that they lose on row counts they do not divide.
@@ -66,17 +68,17 @@ def tile_for(dtype: torch.dtype, variant: str, k: int) -> Tile:
 
 
 def emit_gemm(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[KernelStep | VendorLinear, ...]:
-    """The steps of a region with one ``linear``: one kernel, or the vendor's with kernels around it.
+    """The steps of a region with one product by a weight: one kernel, or the vendor's with kernels around it.
 
     Args:
         variant: "triton", "triton_few" (tiles for row counts up to 8), "triton_many" (for some hundreds) or "vendor".
 
     Raises:
-        CodegenError: the region has no or several ``linear``, or its epilogue does not follow its tiles.
+        CodegenError: the region has no or several products, or its epilogue does not follow its tiles.
     """
     inputs = call.read(builder)
     results = list(call.results())
-    anchors = [node for node in call.graph.graph.nodes if node.target == aten.linear.default]
+    anchors = [node for node in call.graph.graph.nodes if traits_of(node.target).flow is Flow.CONTRACT]
     if len(anchors) != 1:
         raise CodegenError("a GEMM region needs exactly one linear", where=call.name, why=f"it has {len(anchors)}")
     anchor = anchors[0]
@@ -105,9 +107,10 @@ def _kernel(
     tile = tile_for(source.dtype, variant, k)
     writer = KernelWriter(2, register_columns=0, loop_columns=tile.k)
     writer.reserve("acc", "panel_ptr", "rows", "row_mask", "cols", "cols_mask", "ks", "k_rows", "k_rows_mask")
+    writer.reserve("k_groups", "neighbours", "grouped")
     evaluator = Evaluator(call.graph, writer, inputs)
     row, column = _define_tile(writer, rows, n, tile)
-    acc_dtype = compute_dtype(source.dtype)
+    acc_dtype = sum_dtype(source.dtype)
     _multiply(evaluator, builder, anchor, (row, column), k, tile)
     evaluator.bindings[anchor] = _Product(evaluator, anchor, row, column, acc_dtype)
     for node, view in results:
@@ -132,10 +135,15 @@ def _static(size: Size, node: Node) -> int:
     return size
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Element type of sums of products: 32 bits for whole numbers of 8, else that of any computation."""
+    return torch.int32 if dtype == torch.int8 else compute_dtype(dtype)
+
+
 def dot(left: str, right: str, acc: str | None, dtype: torch.dtype) -> str:
-    """A product of tiles, exact in fp32 and accumulated in the compute dtype."""
+    """A product of tiles, exact in fp32 and accumulated in ``sum_dtype``."""
     start = f", {acc}" if acc else ""
-    kind = ", out_dtype=tl.float64" if dtype == torch.float64 else ""
+    kind = f", out_dtype={TL_TYPES[sum_dtype(dtype)]}" if dtype in (torch.float64, torch.int8) else ""
     return f'tl.dot({left}, {right}{start}, input_precision="ieee"{kind})'
 
 
@@ -170,7 +178,7 @@ class _Product:
             raise CodegenError(
                 "an epilogue needs elements of other tiles", where=where(self.anchor), hint="cut the region there"
             )
-        bias = arguments(self.anchor)["bias"]
+        bias = arguments(self.anchor).get("bias")
         deps = self.row.deps | self.column.deps
         text = "acc"
         if isinstance(bias, Node):
@@ -189,7 +197,7 @@ def _multiply(
     weight = _Weight(evaluator, builder, anchor, place[1], k, tile)
     writer.column_names[k] = "ks"
     # The product is written inside the loops, so its start stands in front of them.
-    writer.statement(f"acc = tl.zeros([BLOCK_M, BLOCK_N], {TL_TYPES[compute_dtype(source.dtype)]})")
+    writer.statement(f"acc = tl.zeros([BLOCK_M, BLOCK_N], {TL_TYPES[sum_dtype(source.dtype)]})")
     whole = k // tile.k * tile.k
     for begin, end in ((0, whole), (whole, k)):
         if begin < end:
@@ -218,15 +226,21 @@ class _Weight:
         self.evaluator, self.node, self.column, self.k = evaluator, arguments(anchor)["weight"], column, k
         self.dtype = fact(self.node, TensorType).dtype
         self.panels: str | None = None
+        self.group = 1
         view = evaluator.inputs.get(self.node, (None, None))[0]
         if view is not None and builder.is_weight(view.value) and view == builder.whole(view.value):
-            laid_out = builder.whole(builder.weight_layout(view.value, f"panels:{tile.n}"))
+            group = builder.interleaved.get(self.dtype, 1)
+            self.group = group if tile.k % group == 0 and k % tile.k == 0 else 1
+            form = f"panels:{tile.n}" if self.group == 1 else f"panels:{tile.n}:{self.group}"
+            laid_out = builder.whole(builder.weight_layout(view.value, form))
             self.panels = evaluator.writer.pointer(laid_out, self.dtype, "weight")
             evaluator.writer.statement(f"panel_ptr = {self.panels} + tl.program_id(1).to(tl.int64) * ({k} * BLOCK_N)")
 
     def load(self, masked: bool) -> str:
         """Text of the loaded tile, in the scope of the K loop."""
         writer = self.evaluator.writer
+        if self.group > 1:
+            return self._load_groups()
         writer.statement("k_rows = start + tl.arange(0, BLOCK_KS)[:, None]")
         if masked:
             writer.statement(f"k_rows_mask = k_rows < {self.k}")
@@ -237,6 +251,17 @@ class _Weight:
         mask = ", mask=k_rows_mask, other=0" if masked else ""
         address = "panel_ptr + k_rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]"
         return writer.emit("weight", f"tl.load({address}{mask})", down.deps)
+
+    def _load_groups(self) -> str:
+        """The tile out of [K / group, BLOCK_N, group]; no block is masked."""
+        writer = self.evaluator.writer
+        writer.constants["GROUP"] = self.group
+        writer.statement("k_groups = start // GROUP + tl.arange(0, BLOCK_KS // GROUP)[:, None, None]")
+        writer.statement(
+            "neighbours = tl.arange(0, BLOCK_N)[None, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]"
+        )
+        writer.statement("grouped = tl.load(panel_ptr + k_groups * (BLOCK_N * GROUP) + neighbours)")
+        return "grouped.permute(0, 2, 1).reshape(BLOCK_KS, BLOCK_N)"
 
 
 def _store_result(evaluator: Evaluator, result: Result, anchor: Node, row: Index, column: Index) -> None:

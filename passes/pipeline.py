@@ -13,6 +13,7 @@ from tilewright.passes.merge_linears import MergeLinears
 from tilewright.passes.normalize import normalization
 from tilewright.passes.outline_regions import OutlineRegions
 from tilewright.passes.place import Place
+from tilewright.passes.quantize_linears import QuantizeLinears
 from tilewright.passes.remove_padding import RemovePadding
 from tilewright.passes.slice_rows import SliceRows
 from tilewright.passes.specialize import Specialize
@@ -26,6 +27,7 @@ def pipeline(
     gemm: str = "auto",
     measurements: Measurements | None = None,
     attention: str = "auto",
+    quantize: bool = False,
 ) -> tuple[Pass, ...]:
     """The passes for these options, in order.
 
@@ -36,6 +38,7 @@ def pipeline(
         gemm: as of ``Specialize``.
         measurements: timings of variants on this machine.
         attention: as of ``SpecializeAttention``.
+        quantize: products with weights in whole numbers of 8 bits; not at level 0.
 
     Raises:
         OptionError: ``opt_level`` is not 0, 1, 2 or 3.
@@ -51,6 +54,8 @@ def pipeline(
         SliceRows(),  # needs packed rows to pick from; before regions, for it changes the rows of what they compute
         # After the rows are settled, as linears of one value may want different ones; before regions, which grow by it.
         *((MergeLinears(),) if opt_level > 1 else ()),
+        # Merged weights are rounded once; regions then hold the roundings and scales as they hold all pointwise work.
+        *((QuantizeLinears(),) if quantize else ()),
         FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags
         OutlineRegions(),  # acts on the tags, and nothing may come between them
         SpecializeAttention(attention, measurements or Measurements()),  # by what its region computes, as below

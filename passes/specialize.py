@@ -72,7 +72,13 @@ class Specialize(Pass):
         timings = self.measurements.seconds.get(key, {})
         if self.gemm == "auto" and timings:
             return measured_entries(timings), True
-        return _BY_RULE.get(self.gemm, ((None, self.gemm),)), False
+        choice = "triton" if self.gemm in ("auto", VENDOR) and VENDOR not in variants_of(key) else self.gemm
+        return _BY_RULE.get(choice, ((None, choice),)), False
+
+
+def variants_of(key: GemmKey) -> tuple[str, ...]:
+    """The variants there are of a product: the vendor library is not asked for whole numbers."""
+    return tuple(variant for variant in GEMM_VARIANTS if variant != VENDOR or key.dtype != "int8")
 
 
 def gemm_of(body: GraphModule) -> Node:

@@ -1,7 +1,8 @@
 """Weights as kernels want them: laid out once when a program is loaded.
 
 Layouts: "as_is"; "kn", a matrix [N, K] as [K, N]; "panels:P", as [ceil(N/P), K, P] with zeros after column N, so that
-a kernel that computes P columns reads one contiguous panel; "vendor", as the vendor library packs it.
+a kernel that computes P columns reads one contiguous panel; "panels:P:G", as [ceil(N/P), K/G, P, G], for processors
+that sum the products of G neighbours along K in one step; "vendor", as the vendor library packs it.
 """
 
 from collections.abc import Callable, Mapping
@@ -68,21 +69,26 @@ def lay_out(tensor: Tensor, layout: str, name: str = "") -> LoadedWeight:
     Raises:
         TilewrightError: the layout is unknown or does not fit the weight.
     """
-    kind, _, width = layout.partition(":")
+    kind, _, form = layout.partition(":")
+    width, _, group = form.partition(":")
     if kind == "as_is" and not width:
         tensor = tensor.contiguous()
         return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
     if tensor.dim() == 2 and kind == "kn" and not width:
         return tensor.t().contiguous()
     if tensor.dim() == 2 and kind == "panels" and width.isdigit() and int(width) > 0:
-        return _panels(tensor, int(width))
+        panels = _panels(tensor, int(width))
+        if not group:
+            return panels
+        if group.isdigit() and int(group) > 0 and panels.shape[1] % int(group) == 0:
+            return panels.unflatten(1, (-1, int(group))).transpose(2, 3).contiguous()
     if tensor.dim() == 2 and kind == "vendor" and not width:
         return _pack(tensor) if vendor_packs(tensor.dtype) else lay_out(tensor, "as_is", name)
     raise TilewrightError(
         f"a weight cannot be laid out as '{layout}'",
         where=f"weight '{name}'",
         why=f"its shape is {tuple(tensor.shape)}",
-        hint="layouts are as_is and, for matrices, kn, panels:<n> and vendor",
+        hint="layouts are as_is and, for matrices, kn, panels:<n>, panels:<n>:<divisor of k> and vendor",
     )
 
 

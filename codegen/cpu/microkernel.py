@@ -38,8 +38,9 @@ class TileDot:
         m, n, k: sizes of the tiles, each at least 1.
         a_dtype, b_dtype: "f64", "f32", "f16", "bf16", "i8", "i16" or "i32"; signed integers.
         acc_dtype: "f64" or "f32" for floats, "i32" for integers.
-        b_layout: "kn": rows of N contiguous values, the stride is that between rows of k; "vnni": groups of k that
-            fill 32 bits interleaved, ``[k / group][n][group]``, the stride is that between groups of k.
+        b_layout: "kn": rows of N contiguous values, the stride is that between rows of k; "vnni": groups of k
+            interleaved, ``[k / group][n][group]``, the stride is that between groups of k. A group fills 32 bits; of
+            i8 without ``vpdpbusd`` it has two values, which fill 32 bits once they are widened to i16.
         a_layout: "mk": K contiguous, the stride is that between rows of m; "km": M contiguous, the stride is
             that between rows of k.
         zero_init: the accumulator starts at zero and its old contents are not read.
@@ -94,6 +95,18 @@ def packed_form(dtype: str, k: int, target: CpuTarget) -> tuple[str, str]:
     return ("f64" if dtype == "f64" else "f32"), "kn"
 
 
+def interleaved_group(dtype: str, target: CpuTarget) -> int:
+    """Values of k that are interleaved in a B of ``dtype`` laid out for this target, "vnni" in ``TileDot``.
+
+    1 where rows of N contiguous values are read as they are, or nothing is gained by another layout.
+    """
+    if dtype == "bf16" and target.bf16_dot:
+        return 2
+    if dtype == "i8" and target.is_x86:
+        return 4 if target.int8_dot else 2
+    return 1
+
+
 def tile_dot(spec: TileDot, target: CpuTarget) -> str:
     """LLVM IR text of the function ``spec.symbol`` for one target.
 
@@ -130,8 +143,8 @@ def _step(spec: TileDot, target: CpuTarget) -> Step:
         step = bf16_step(target)
     elif (spec.b_dtype, spec.acc_dtype) == ("i8", "i32") and spec.a_dtype == "i8" and target.int8_dot:
         step = int8_step(target)
-    elif (spec.b_dtype, spec.acc_dtype) == ("i16", "i32") and spec.a_dtype in ("i8", "i16") and target.is_x86:
-        step = int16_step(target)
+    elif spec.b_dtype in ("i8", "i16") and spec.acc_dtype == "i32" and spec.a_dtype in ("i8", "i16") and target.is_x86:
+        step = int16_step(spec.b_dtype, target)
     if step is None or spec.k % step.group or BYTES[spec.a_dtype] > BYTES[step.a_dtype]:
         raise CodegenError(
             f"no dot micro-kernel multiplies {spec.a_dtype} by {spec.b_dtype} into {spec.acc_dtype}",

@@ -95,8 +95,11 @@ def bf16_step(target: CpuTarget) -> Step:
     return _grouped("bf16", "float", target, multiply)
 
 
-def int16_step(target: CpuTarget) -> Step:
-    """``vpmaddwd`` and a sum: two products of i16 are added to each i32 lane; exact for i8 values."""
+def int16_step(b_dtype: str, target: CpuTarget) -> Step:
+    """``vpmaddwd`` and a sum: two products of i16 are added to each i32 lane; exact for i8 values.
+
+    B of i8 stays bytes in memory, half as much to read, and is widened when loaded.
+    """
 
     def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
         wide, pairs = vector("i32", lanes), vector("i16", 2 * lanes)
@@ -104,7 +107,12 @@ def int16_step(target: CpuTarget) -> Step:
         products = ir.op(f"call {wide} @llvm.x86.{name}({pairs} {a}, {pairs} {b})")
         return ir.op(f"add {wide} {acc}, {products}")
 
-    return _grouped("i16", "i32", target, multiply)
+    def load_bytes(ir: IrText, pointer: str, lanes: int) -> str:
+        words = widen(ir, ir.load(vector("i8", 2 * lanes), pointer, 1), "i8", "i16", 2 * lanes)
+        return _fill(ir, "i16", words, 2 * lanes, 8)
+
+    step = _grouped("i16", "i32", target, multiply)
+    return replace(step, b_bytes=2, load_b=load_bytes) if b_dtype == "i8" else step
 
 
 def int8_step(target: CpuTarget) -> Step:
@@ -208,10 +216,10 @@ def _grouped(
     )
 
 
-def _fill(ir: IrText, element: str, value: str, lanes: int) -> str:
-    """The vector with zeros behind it up to 4 lanes."""
+def _fill(ir: IrText, element: str, value: str, lanes: int, least: int = 4) -> str:
+    """The vector with zeros behind it up to ``least`` lanes."""
     return (
         value
-        if lanes >= 4
-        else ir.shuffle(element, lanes, value, "zeroinitializer", [*range(lanes), *[lanes] * (4 - lanes)])
+        if lanes >= least
+        else ir.shuffle(element, lanes, value, "zeroinitializer", [*range(lanes), *[lanes] * (least - lanes)])
     )

@@ -89,9 +89,10 @@ def emit(
     variant: str | None = None,
     views: dict[int, Callable[[int], View]] | None = None,
     weights: dict[int, torch.Tensor] | None = None,
+    interleaved: dict[torch.dtype, int] | None = None,
 ) -> tuple[tuple[Any, ...], ProgramBuilder, RegionCall]:
     """Emits a body; inputs are contiguous, except where ``views`` says otherwise, or the weights of ``weights``."""
-    builder = ProgramBuilder()
+    builder = ProgramBuilder(interleaved)
     inputs = []
     for position, node in enumerate(n for n in gm.graph.nodes if n.op == "placeholder"):
         kind = fact(node, TensorType)
@@ -150,13 +151,15 @@ class Memory:
 
 def lay_out(weight: torch.Tensor, layout: str) -> torch.Tensor:
     """A weight [N, K] in a load-time layout, written out plainly."""
-    name, _, width = layout.partition(":")
+    name, _, form = layout.partition(":")
+    width, _, group = form.partition(":")
     if name == "kn":
         return weight.t().contiguous()
     if name == "panels":
         size = int(width)
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % size))
-        return padded.view(-1, size, weight.shape[1]).transpose(1, 2).contiguous()
+        panels = padded.view(-1, size, weight.shape[1]).transpose(1, 2)
+        return (panels.unflatten(1, (-1, int(group))).transpose(2, 3) if group else panels).contiguous()
     return weight
 
 
@@ -195,9 +198,10 @@ def run(
     variant: str | None = None,
     views: dict[int, Callable[[int], View]] | None = None,
     weights: dict[int, torch.Tensor] | None = None,
+    interleaved: dict[torch.dtype, int] | None = None,
 ) -> list[torch.Tensor]:
     """Outputs of the emitted steps."""
-    steps, builder, call = emit(gm, anchor, variant, views, weights)
+    steps, builder, call = emit(gm, anchor, variant, views, weights, interleaved)
     held = {
         view.value: tensor
         for view, tensor in zip(call.inputs, tensors, strict=True)

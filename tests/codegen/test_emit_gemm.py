@@ -116,6 +116,22 @@ def test_all_variants_read_one_layout_of_a_weight() -> None:
     assert layouts == {"as_is", "panels:64"}
 
 
+@pytest.mark.parametrize("variant", ["triton", "triton_few", "triton_many"])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (100, 96), (70, 40)])
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_whole_numbers(n: int, k: int, group: int, variant: str) -> None:
+    """int8 by int8, with scales behind; weights with neighbours along K together, where they fill whole steps."""
+    body = Body()
+    x, weight, scale = body.input((TOKENS, k), torch.int8), body.input((n, k), torch.int8), body.input((TOKENS, 1))
+    product = body.call(torch.ops.tilewright.int8_linear.default, x, weight)
+    wide = body.call(torch.ops.prims.convert_element_type.default, product, torch.float32)
+    gm = body.module(body.call(aten.mul.Tensor, wide, scale))
+    whole = [torch.randint(-127, 128, (rows, k), dtype=torch.int8) for rows in (37, n)]
+    tensors = [*whole, torch.rand(37, 1)]
+    options = {"anchor": Anchor.GEMM, "variant": variant, "weights": {1: whole[1]}, "interleaved": {torch.int8: group}}
+    assert_matches(gm, tensors, {TOKENS: 37}, 1e-6, **options)
+
+
 def test_an_unknown_variant_is_refused() -> None:
     body = linear_body(100, 96, torch.float32)
     with pytest.raises(CodegenError, match="no GEMM variant 'fast'"):

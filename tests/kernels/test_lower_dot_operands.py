@@ -145,7 +145,8 @@ def grouped(x_ptr, w_ptr, out_ptr, K, N: tl.constexpr, BM: tl.constexpr, BK: tl.
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(
-    ("dtype", "group"), [(torch.bfloat16, 2), (torch.int8, 4), (torch.bfloat16, 4), (torch.float32, 2)]
+    ("dtype", "group"),
+    [(torch.bfloat16, 2), (torch.int8, 4), (torch.int8, 2), (torch.bfloat16, 4), (torch.float32, 2)],
 )
 def test_weights_in_groups_of_k(features, dtype, group):
     m, n, k = 32, 64, 192

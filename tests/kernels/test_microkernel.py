@@ -8,7 +8,7 @@ import pytest
 import torch
 from llvmlite import binding as llvm
 
-from tilewright.codegen.cpu.microkernel import TileDot, packed_form, tile_dot
+from tilewright.codegen.cpu.microkernel import TileDot, interleaved_group, packed_form, tile_dot
 from tilewright.codegen.cpu.microkernel_amx import RELEASE, tile_shape
 from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text
 from tilewright.codegen.cpu.target import CpuTarget
@@ -168,6 +168,24 @@ def test_int8_is_exact_where_products_are_largest(target):
     acc = aligned(m, n, torch.int32)
     multiply(TileDot(m, n, k, "i8", form[0], "i32", form[1], zero_init=True), named, acc, a, packed)
     assert (acc == 128 * 128 * k).all()
+
+
+@pytest.mark.parametrize("target", X86_TARGETS)
+@pytest.mark.parametrize("shape", [(32, 64, 64), (5, 20, 12), (7, 3, 8), (1, 1, 4)])
+@pytest.mark.parametrize("value", [None, -128])
+def test_bytes_read_in_the_layout_of_the_target(target, shape, value):
+    """B as weights are laid out at load time: groups of k interleaved, still in bytes."""
+    named = CpuTarget.named(target)
+    m, n, k = shape
+    group = interleaved_group("i8", named)
+    a, b = (
+        tile(*size, torch.int8, 3) if value is None else torch.full(size, value, dtype=torch.int8)
+        for size in ((m, k), (k, n))
+    )
+    laid_out = b.reshape(k // group, group, n).transpose(1, 2).contiguous().view(k // group, n * group)
+    acc = aligned(m, n, torch.int32)
+    multiply(TileDot(m, n, k, "i8", "i8", "i32", "vnni", zero_init=True), named, acc, a, laid_out)
+    assert torch.equal(acc, (a.long() @ b.long()).to(torch.int32))
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16", "i8"])

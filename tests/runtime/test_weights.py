@@ -56,7 +56,19 @@ def test_tied_weights_are_laid_out_once() -> None:
     assert loaded["c"] is not loaded["a"]
 
 
-@pytest.mark.parametrize("layout", ["panels:", "panels:0", "nk", "kn:4"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("group", [2, 4])
+def test_panels_with_neighbours_together(dtype: torch.dtype, group: int) -> None:
+    weight = torch.arange(70 * 12).reshape(70, 12).remainder(101).to(dtype)
+    panels = lay_out(weight, f"panels:64:{group}")
+    assert panels.shape == (2, 12 // group, 64, group)
+    assert panels.is_contiguous()
+    flat = panels.permute(0, 2, 1, 3).reshape(-1, 12)
+    assert torch.equal(flat[:70], weight)
+    assert (flat[70:] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["panels:", "panels:0", "panels:64:5", "nk", "kn:4"])
 def test_an_unknown_layout_is_refused(layout: str) -> None:
     with pytest.raises(TilewrightError, match="laid out"):
         lay_out(torch.zeros(4, 4), layout)

@@ -7,7 +7,7 @@ from tilewright.codegen.cpu.lower.context import Buffer, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform, is_const
 from tilewright.codegen.cpu.lower.operand import Tile, converted, grouped_tile_of, tile_of
 from tilewright.codegen.cpu.lower.tiles import materialize
-from tilewright.codegen.cpu.microkernel import TileDot, packed_form, tile_dot
+from tilewright.codegen.cpu.microkernel import TileDot, interleaved_group, packed_form, tile_dot
 from tilewright.codegen.cpu.microkernel_amx import TileShape
 from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text
 from tilewright.codegen.cpu.target import CpuTarget
@@ -71,8 +71,9 @@ def lower_dot(ctx: Context, op: Op) -> None:
     acc, zero = _accumulator(ctx, op, acc_elem)
     if len(op.result.shape) == 2:
         left = tile_of(ctx, op.operands[0], elem)
-        grouped = packed_form(_DTYPES[elem.name], op.operands[0].shape[1], ctx.target) == (elem.name, "vnni")
-        right = (grouped_tile_of(ctx, op.operands[1]) if grouped else None) or tile_of(ctx, op.operands[1], elem)
+        group = interleaved_group(_DTYPES[elem.name], ctx.target)
+        fits = group > 1 and op.operands[0].shape[1] % group == 0
+        right = (grouped_tile_of(ctx, op.operands[1], group) if fits else None) or tile_of(ctx, op.operands[1], elem)
         _multiply(ctx, op, left, right, acc.ptr, zero)
     else:
         _batched(ctx, op, elem, acc, zero)
@@ -123,6 +124,8 @@ def _multiply(ctx: Context, op: Op, left: Tile, right: Tile, acc: str, zero: boo
     spec = _spec(op, left.elem, ctx.target, zero)
     apart = b_ptr == right.ptr and b_layout == "kn" and _far_apart(b_stride, n, spec)
     spec = replace(spec, a_layout="km" if left.transposed else "mk", b_apart=apart)
+    if right.grouped:
+        spec = replace(spec, b_dtype=dtype, b_layout="vnni")
     # The sums of rows that are undefined stay what they were, as if zeros had been loaded. They are not left undefined
     # themselves: kernels multiply them with zeros later.
     if left.rows is not None and not zero:

@@ -30,8 +30,8 @@ class Tile:
         stride: i64 elements between successive rows, or columns if ``transposed``.
         transposed: columns are contiguous instead of rows.
         elem: element type.
-        grouped: groups of rows that fill 32 bits are interleaved, ``[rows / group][columns][group]``; the stride is
-            that between groups.
+        grouped: groups of rows are interleaved, ``[rows / group][columns][group]``; the stride is that between
+            groups.
         rows: i64 number of the rows that a mask lets through, where the others are undefined; None if all are defined.
     """
 
@@ -62,18 +62,17 @@ def tile_of(ctx: Context, value: Value, elem: Elem) -> Tile:
     return Tile(buffer.ptr, str(value.shape[1]), False, elem)
 
 
-def grouped_tile_of(ctx: Context, value: Value) -> Tile | None:
+def grouped_tile_of(ctx: Context, value: Value, group: int) -> Tile | None:
     """A matrix that a kernel loads from memory where groups of rows are interleaved; None if it is no such one.
 
-    In Triton: a load of shape [K / g, N, g], ``permute(0, 2, 1)``, ``reshape(K, N)``, where g values fill 32 bits. It
-    is how weights are laid out for processors that sum the products of a group in one lane.
+    In Triton: a load of shape [K / group, N, group], ``permute(0, 2, 1)``, ``reshape(K, N)``. It is how weights are
+    laid out for processors that sum the products of a group in one lane.
     """
     load = grouped_load(value)
     if load is None or any(v in ctx.bindings for v in _chain(value, load)):
         return None
     strides = _strides(ctx, load.operands[0])
-    group = load.result.shape[2]
-    if strides is None or strides[1][1:] != [str(group), "1"] or group * value.elem.size != 4:
+    if strides is None or strides[1][1:] != [str(group), "1"] or load.result.shape[2] != group:
         return None
     if len(load.operands) > 1 and _all_true(ctx, load.operands[1]) != "true":
         return None

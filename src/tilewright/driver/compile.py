@@ -17,8 +17,8 @@ from tilewright.codegen.region_call import RegionCall
 from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.kernels import Progress, build_kernels, kernel_steps
 from tilewright.driver.options import CompileOptions
-from tilewright.driver.tune_attention import attention_timings
 from tilewright.driver.sentence_transformers import compile_pipeline, is_pipeline
+from tilewright.driver.tune_attention import attention_timings
 from tilewright.driver.tuning import measurements_for
 from tilewright.errors import CodegenError
 from tilewright.ir.graph import Level
@@ -64,7 +64,7 @@ class CompiledGraph:
 def compile(
     model: Any,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     opt_level: int = 2,
     unpad: str = "auto",
     target: str = "auto",
@@ -77,7 +77,9 @@ def compile(
         model: a transformers model, any ``torch.nn.Module``, an ``ExportedProgram``, or an ``fx.GraphModule``; in eval
             mode. It is not changed. A model whose inputs cannot be known beforehand is captured at its first call.
             Also a ``SentenceTransformer``, ``CrossEncoder`` or another pipeline of sentence-transformers.
-        dtype: compute and weight dtype; None keeps the model's own.
+        dtype: "fp32", "bf16", "fp16" or "fp64", or torch's own: what the model is converted to, as ``model.to`` does.
+            "int8": products with weights in whole numbers of 8 bits, weights rounded once for each output channel, rows
+            when they are computed; all else, and what is returned, in the model's own. None: the model as it is.
         opt_level: 0 captures, normalizes and runs reference kernels (the oracle); 1 adds packing; 2 adds fusion and
             measured GEMM tables; 3 tunes longer.
         unpad: "auto" removes padding where it is legal and records why where not; "on" refuses instead of padding;
@@ -134,7 +136,7 @@ def _run_passes(
     gm: GraphModule, options: CompileOptions, observers: Sequence[Observer], progress: Progress | None
 ) -> tuple[GraphModule, tuple[PassRecord, ...]]:
     """The pipeline; its last passes choose by measurements, and what to measure is known once regions are."""
-    passes = pipeline(options.opt_level, options.unpad, options.gemm)
+    passes = pipeline(options.opt_level, options.unpad, options.gemm, quantize=options.quantized)
     front = [each for each in passes if each.requires < Level.FUSED]
     gm, records = run_pipeline(gm, front, observers)
     if options.opt_level == 0:
@@ -143,7 +145,7 @@ def _run_passes(
     if options.gemm == "auto":
         found = measurements_for(gm, options.opt_level, _compile_specialized, progress)
     found = replace(found, attention=attention_timings(gm, options.opt_level, compile_attention, progress))
-    passes = pipeline(options.opt_level, options.unpad, options.gemm, found)
+    passes = pipeline(options.opt_level, options.unpad, options.gemm, found, quantize=options.quantized)
     gm, more = run_pipeline(gm, passes[len(front) :], observers, first=len(front) + 1)
     return gm, records + more
 
@@ -168,8 +170,13 @@ def load(gm: GraphModule, stats: Stats, progress: Progress | None = None) -> Pro
     A region whose kernel cannot be built runs eager, with the reason in the spec's ``notes`` and a warning.
     """
     from tilewright.codegen.cpu.launch import launcher
+    from tilewright.codegen.cpu.microkernel import interleaved_group
+    from tilewright.codegen.cpu.target import CpuTarget
 
     failed: dict[KernelSource, str] = {}
+    target = CpuTarget.native()
+    names = {torch.bfloat16: "bf16", torch.int8: "i8"}
+    interleaved = {dtype: interleaved_group(name, target) for dtype, name in names.items()}
 
     def emit(call: RegionCall, builder: ProgramBuilder, variant: str | None) -> tuple[KernelStep | VendorLinear, ...]:
         steps = emit_region(call, builder, variant)
@@ -179,7 +186,7 @@ def load(gm: GraphModule, stats: Stats, progress: Progress | None = None) -> Pro
         return steps
 
     while True:
-        spec = assemble(gm, emit)
+        spec = assemble(gm, emit, interleaved)
         built, broken = build_kernels(spec, progress)
         if not broken:
             return Program(spec, built, launcher(), stats)

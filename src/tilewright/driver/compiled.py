@@ -169,8 +169,9 @@ class CompiledModel:
         with self._lock:
             if self._eager is None:
                 self._eager = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
-                if self.options.dtype is not None and isinstance(self._eager, nn.Module):
-                    self._eager = cast_copy(self._eager, self.options.dtype)
+                dtype = self.options.model_dtype
+                if dtype is not None and isinstance(self._eager, nn.Module):
+                    self._eager = cast_copy(self._eager, dtype)
             return self._eager
 
     def _variant(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
@@ -184,7 +185,7 @@ class CompiledModel:
 
         check_model(self.model)
         try:
-            gm = capture(self.model, signature, example, dtype=self.options.dtype)
+            gm = capture(self.model, signature, example, dtype=self.options.model_dtype)
         except CaptureError as error:
             if self.options.unpad == "on":
                 raise PackingRefused(

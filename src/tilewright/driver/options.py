@@ -14,14 +14,15 @@ _CHOICES = {
     "target": ("auto", "cpu", "cuda"),
     "gemm": ("auto", "triton", "vendor"),
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT8 = "int8"
+_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
 class CompileOptions:
     """How to compile; the fields are documented at ``tilewright.compile``."""
 
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     opt_level: int = 2
     unpad: str = "auto"
     target: str = "auto"
@@ -35,9 +36,10 @@ class CompileOptions:
                 raise OptionError(
                     f"{name}={value!r} is not a choice", hint=f"choose one of {', '.join(map(repr, choices))}"
                 )
-        if self.dtype is not None and self.dtype not in _DTYPES:
+        if self.dtype not in (None, INT8, torch.int8, *_NAMES, *_NAMES.values()):
+            names = ", ".join(map(repr, (*_NAMES, INT8)))
             raise OptionError(
-                f"dtype={self.dtype!r} is not a choice", hint=f"choose None or one of {', '.join(map(str, _DTYPES))}"
+                f"dtype={self.dtype!r} is not a choice", hint=f"choose None, one of {names}, or torch's own"
             )
         if self.target == "cuda":
             raise OptionError(
@@ -45,3 +47,15 @@ class CompileOptions:
                 why="this version runs kernels on the CPU; for GPUs they are only compiled ahead of time, in the tests",
                 hint="use target='cpu' or 'auto'",
             )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether products with weights are computed in whole numbers of 8 bits."""
+        return self.dtype in (INT8, torch.int8)
+
+    @property
+    def model_dtype(self) -> torch.dtype | None:
+        """Element type that the model is converted to; None keeps its own."""
+        if self.quantized or self.dtype is None:
+            return None
+        return _NAMES[self.dtype] if isinstance(self.dtype, str) else self.dtype

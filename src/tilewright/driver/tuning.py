@@ -22,9 +22,9 @@ from tilewright.codegen.cpu.version import toolchain_version
 from tilewright.ir.facts import TensorType, TupleType, all_facts, fact, find_fact, set_fact
 from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, get_tensor, info, set_info, update_info
 from tilewright.ir.measurements import GemmKey, Measurements
-from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
+from tilewright.ir.regions import Anchor, GemmTable, Region
 from tilewright.ir.sizes import Size, product
-from tilewright.passes.specialize import gemm_key
+from tilewright.passes.specialize import gemm_key, variants_of
 from tilewright.runtime.measure import Make, measure_gemm
 
 # Row counts and seconds for each problem, by opt_level.
@@ -84,7 +84,7 @@ def _measure(gm: GraphModule, key: GemmKey, calls: list[Node], opt_level: int, c
     same_rows = [call for call in calls if _rows(call) == _rows(calls[0])]
     alone = regions_alone(gm, same_rows[:_MOST_REGIONS])
     runs = {}
-    for variant in GEMM_VARIANTS:
+    for variant in variants_of(key):
         specialize_all(alone, variant)
         runs[variant] = _runner(compile_one(alone), info(alone).inputs)
     timings = measure_gemm(runs, rows, budget)

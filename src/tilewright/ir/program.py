@@ -161,7 +161,8 @@ class Weight:
     Attributes:
         tensor: the model's tensor (shared, not copied).
         layout: "as_is", or the name of a load-time re-layout known to the kernel that reads it, such as
-            "kn" ([N, K] transposed to [K, N]) or "panels:64" ([N/64][K][64], zero-filled at the end).
+            "kn" ([N, K] transposed to [K, N]), "panels:64" ([N/64][K][64], zero-filled at the end) or "panels:64:4"
+            ([N/64][K/4][64][4]).
     """
 
     tensor: torch.Tensor

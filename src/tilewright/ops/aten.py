@@ -32,6 +32,7 @@ def _pointwise(
 _UNARY = {
     aten.neg.default: ("-{0}", True),
     aten.abs.default: ("tl.abs({0})", True),
+    aten.floor.default: ("tl.floor({0})", True),
     aten.exp.default: ("tl.exp({0})", False),
     aten.log.default: ("tl.log({0})", False),
     aten.sqrt.default: ("tl.sqrt({0})", True),
