@@ -94,7 +94,9 @@ class _Quantizer:
         bias = argument(node, 2, "bias")
         if isinstance(bias, Node):
             if fact(bias, TensorType).dtype != torch.float32:
+                own = fact(bias, Layout)
                 bias = call(CONVERT, TensorType(shape[-1:], torch.float32), bias, torch.float32)
+                set_fact(bias, own)
             result = call(aten.add.Tensor, wide, result, bias)
         if kind.dtype != torch.float32:
             result = call(CONVERT, kind, result, kind.dtype)

@@ -78,6 +78,7 @@ def compile(
             mode. It is not changed. A model whose inputs cannot be known beforehand is captured at its first call.
             Also a ``SentenceTransformer``, ``CrossEncoder`` or another pipeline of sentence-transformers.
         dtype: "fp32", "bf16", "fp16" or "fp64", or torch's own: what the model is converted to, as ``model.to`` does.
+            On a processor that does not multiply half types they are computed in fp32, and results rounded to them.
             "int8": products with weights in whole numbers of 8 bits, weights rounded once for each output channel, rows
             when they are computed; all else, and what is returned, in the model's own. None: the model as it is.
         opt_level: 0 captures, normalizes and runs reference kernels (the oracle); 1 adds packing; 2 adds fusion and

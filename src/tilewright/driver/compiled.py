@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tilewright.driver.options import CompileOptions
+from tilewright.driver.precision import precision_of, round_results
 from tilewright.errors import CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.ir.program import EagerStep
@@ -63,6 +64,9 @@ class CompiledModel:
         self._fallbacks = Stats()
         self._eager: Any = None
         self._lock = threading.RLock()
+        self._precision = precision_of(model, options)
+        if self._precision.reason and options.model_dtype is not None:
+            warnings.warn(f"tilewright: {self._precision.reason}", RuntimeWarning, stacklevel=3)
         usual = default_signature(model)
         if usual is not None:
             self._variant(usual, None)
@@ -185,7 +189,8 @@ class CompiledModel:
 
         check_model(self.model)
         try:
-            gm = capture(self.model, signature, example, dtype=self.options.model_dtype)
+            gm = capture(self.model, signature, example, dtype=self._precision.capture)
+            round_results(gm, self._precision)
         except CaptureError as error:
             if self.options.unpad == "on":
                 raise PackingRefused(

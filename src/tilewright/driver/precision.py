@@ -1,0 +1,71 @@
+"""Half precision on processors that cannot compute in it: inside in fp32, outside as asked."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.driver.options import CompileOptions
+from tilewright.ir.graph import info, update_info
+from tilewright.runtime.weights import vendor_packs
+
+_NEEDS = {torch.bfloat16: "AVX-512 BF16 or AMX", torch.float16: "AVX-512 FP16"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In what a model is computed.
+
+    Attributes:
+        capture: element type that the model is converted to before it is traced; None for its own.
+        results: element type that fp32 results are rounded to; None where they are returned as computed.
+        reason: why it is computed in another type than it has or was asked for; "" where it is not.
+    """
+
+    capture: torch.dtype | None
+    results: torch.dtype | None = None
+    reason: str = ""
+
+
+def precision_of(model: Any, options: CompileOptions) -> Precision:
+    """Half types are kept where the processor multiplies them, and else widened: that is exact, and faster.
+
+    Args:
+        model: what is compiled; a graph that was traced elsewhere is not converted.
+        options: of ``compile``.
+    """
+    asked = options.model_dtype
+    if not isinstance(model, nn.Module) or isinstance(model, GraphModule):
+        return Precision(asked)
+    wanted = asked or next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    if wanted not in _NEEDS or _is_native(wanted):
+        return Precision(asked)
+    whose = "asked for" if asked is not None else "of the model"
+    name = str(wanted).removeprefix("torch.")
+    why = f"{name} {whose} is computed in fp32 and results are rounded to it: this processor has no {_NEEDS[wanted]}"
+    return Precision(torch.float32, wanted, why)
+
+
+def _is_native(dtype: torch.dtype) -> bool:
+    return CpuTarget.native().bf16_dot if dtype == torch.bfloat16 else vendor_packs(dtype)
+
+
+def round_results(gm: GraphModule, precision: Precision) -> None:
+    """Makes the graph's results of the type asked for, and puts the reason on record."""
+    if precision.results is None:
+        return
+    found = info(gm)
+    build = _rounded(found.output.build, precision.results)
+    reasons = {**found.reasons, "dtype": precision.reason}
+    update_info(gm, output=replace(found.output, build=build), reasons=reasons)
+
+
+def _rounded(build: Callable[[list[torch.Tensor]], Any], dtype: torch.dtype) -> Callable[[list[torch.Tensor]], Any]:
+    def rounded(flat: list[torch.Tensor]) -> Any:
+        return build([value.to(dtype) if value.dtype == torch.float32 else value for value in flat])
+
+    return rounded
