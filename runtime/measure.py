@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 _FEWEST_REPEATS = 3
 _MOST_REPEATS = 200
+_SAME = 1.03
+_LONGER = 4.0
 
 Make = Callable[[int], Callable[[], None]]
 
@@ -17,7 +19,8 @@ def measure_gemm(
     Args:
         variants: by name, a function that prepares a run of a given row count and returns it.
         rows: row counts.
-        budget_s: seconds to spend in all; every pair is run at least three times whatever the budget.
+        budget_s: seconds to spend in all, or up to four times as many on a machine with other work to do; every pair
+            is run at least three times whatever the budget.
 
     Returns:
         For each variant, (rows, least seconds), sorted by rows: the form ``tilewright.ir.measurements`` keeps.
@@ -34,16 +37,26 @@ def measure_gemm(
 
 
 def _interleave(runs: Mapping[str, Callable[[], None]], budget_s: float) -> dict[str, float]:
-    """Least seconds of each run, after one untimed turn: what disturbs a run only ever adds to its time."""
-    end = time.perf_counter() + budget_s
+    """Least seconds of each run, after one untimed turn: what disturbs a run only ever adds to its time.
+
+    Where other work on the machine disturbs so much that the two least times of a run differ, it goes on for longer.
+    """
+    begin = time.perf_counter()
     for run in runs.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(_MOST_REPEATS):
-        if turn >= _FEWEST_REPEATS and time.perf_counter() >= end:
+        spent = time.perf_counter() - begin
+        agreed = all(_agree(each) for each in times.values())
+        if turn >= _FEWEST_REPEATS and spent >= budget_s * (1.0 if agreed else _LONGER):
             break
         for name, run in runs.items():
-            begin = time.perf_counter()
+            start = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(time.perf_counter() - start)
     return {name: min(each) for name, each in times.items()}
+
+
+def _agree(times: Sequence[float]) -> bool:
+    least = sorted(times)[:2]
+    return len(least) == 2 and least[1] <= _SAME * least[0]

@@ -29,7 +29,7 @@ from tilewright.runtime.measure import Make, measure_gemm
 
 # Row counts and seconds for each problem, by opt_level.
 _EFFORT: dict[int, tuple[tuple[int, ...], float]] = {
-    2: ((1, 4, 16, 32, 64, 256), 0.25),
+    2: ((1, 4, 16, 32, 64, 256), 0.15),
     3: ((1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048), 3.0),
 }
 _MOST_REGIONS = 2
