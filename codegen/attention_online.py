@@ -14,14 +14,13 @@ from tilewright.ir.facts import TensorType, fact
 from tilewright.ir.program import KernelStep
 from tilewright.ir.sizes import ceil_div
 
-_QUERIES = 32
 _KEYS = 32
 
 
-def emit_online(problem: AttentionProblem) -> tuple[KernelStep, ...]:
-    """The step: a program for each block of queries, head and sequence."""
+def emit_online(problem: AttentionProblem, queries: int) -> tuple[KernelStep, ...]:
+    """The step: a program for each block of so many queries, head and sequence."""
     few = isinstance(problem.length, int) and problem.length <= LEAST_DOT
-    block = LEAST_DOT if few else _QUERIES
+    block = LEAST_DOT if few else queries
     tile = AttentionTile(problem, block)
     with tile.opened("tl.program_id(0) * BLOCK_M") as place:
         _attend(tile, place)
@@ -45,39 +44,38 @@ def _attend(tile: AttentionTile, place: Place) -> None:
     row = tile.rows(place, place.top)
     tile.head_axis("d")
     tile.head_axis("dv")
-    q = tile.query_tile(place, row)
+    queries = tile.read_queries(place, place.top, row)
     _start(tile, place)
     writer.constants["BLOCK_KEYS"] = _KEYS
     with writer.block("for start in range(key_first, key_last, BLOCK_KEYS):"):
-        key, key_row = tile.keys("start", "BLOCK_KEYS")
-        k = tile.key_tile(place, key, key_row)
-        writer.statement(f"scores = {dot(q, k, None, problem.dtype)}")
-        tile.finish_scores(place, row, key)
-        v = tile.value_tile(place, key_row)
+        keys = tile.read_keys(place, "start", "BLOCK_KEYS")
+        tile.write_scores(place, queries, keys)
+        v = tile.value_tile(place, keys.row)
         cast = "" if problem.dtype == problem.compute else f".to({TL_TYPES[problem.dtype]})"
+        fade = tile.by_rows("fade")
         for line in (
-            "new_peak = tl.maximum(peak, tl.max(scores, 1, keep_dims=True))",
-            # A row that has seen no key yet has peak -inf, and -inf - -inf is no number.
+            f"new_peak = tl.maximum(peak, tl.max(scores, {tile.key_axis}, keep_dims=True))",
+            # A query that has seen no key yet has peak -inf, and -inf - -inf is no number.
             'shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)',
             "weights = tl.exp2(scores - shift)",
             "fade = tl.exp2(peak - shift)",
-            "total = total * fade + tl.sum(weights, 1, keep_dims=True)",
-            f"acc = {dot(f'weights{cast}', v, 'acc * fade', problem.dtype)}",
+            f"total = total * fade + tl.sum(weights, {tile.key_axis}, keep_dims=True)",
+            f"acc = {dot(tile.by_rows(f'weights{cast}'), v, f'acc * {fade}', problem.dtype)}",
             "peak = new_peak",
         ):
             writer.statement(line)
-    writer.statement("attention = acc / tl.where(total == 0.0, 1.0, total)")
+    writer.statement(f"attention = acc / {tile.by_rows('tl.where(total == 0.0, 1.0, total)')}")
     tile.store(place, row)
 
 
 def _start(tile: AttentionTile, place: Place) -> None:
     """Running maximum, sum and result; every query has seen the sink."""
-    writer, kind = tile.writer, tile.problem.kind
+    writer, kind, shape = tile.writer, tile.problem.kind, tile.per_query
     sink = tile.sink(place)
     if sink is not None:
-        writer.statement(f"peak = tl.zeros([BLOCK_M, 1], {kind}) + {sink}")
-        writer.statement(f'total = tl.zeros([BLOCK_M, 1], {kind}) + tl.where({sink} == float("-inf"), 0.0, 1.0)')
+        writer.statement(f"peak = tl.zeros({shape}, {kind}) + {sink}")
+        writer.statement(f'total = tl.zeros({shape}, {kind}) + tl.where({sink} == float("-inf"), 0.0, 1.0)')
     else:
-        writer.statement(f'peak = tl.full([BLOCK_M, 1], float("-inf"), {kind})')
-        writer.statement(f"total = tl.zeros([BLOCK_M, 1], {kind})")
+        writer.statement(f'peak = tl.full({shape}, float("-inf"), {kind})')
+        writer.statement(f"total = tl.zeros({shape}, {kind})")
     writer.statement(f"acc = tl.zeros([BLOCK_M, {tile.head_block(tile.problem.value_size)}], {kind})")

@@ -61,23 +61,20 @@ def _widths(longest: int) -> list[int]:
 
 def _attend(tile: AttentionTile, place: Place, block: str) -> None:
     writer, problem = tile.writer, tile.problem
-    key, key_row = tile.keys("key_first", block)
-    k = tile.key_tile(place, key, key_row)
-    v = tile.value_tile(place, key_row)
+    keys = tile.read_keys(place, "key_first", block)
+    v = tile.value_tile(place, keys.row)
     with writer.block(f"for start in range({place.top}, tl.minimum({place.top} + SPAN, {place.query_last}), BLOCK_M):"):
         row = tile.rows(place, "start")
-        q = tile.query_tile(place, row)
-        writer.statement(f"scores = {dot(q, k, None, problem.dtype)}")
-        tile.finish_scores(place, row, key)
+        tile.write_scores(place, tile.read_queries(place, "start", row), keys)
         sink = tile.sink(place)
-        peak = "tl.max(scores, 1, keep_dims=True)"
+        peak = f"tl.max(scores, {tile.key_axis}, keep_dims=True)"
         writer.statement(f"peak = {peak if sink is None else f'tl.maximum({peak}, {sink})'}")
         # A query without a key has peak -inf, and -inf - -inf is no number.
         writer.statement('shift = tl.where(peak == float("-inf"), 0.0, peak)')
         writer.statement("weights = tl.exp2(scores - shift)")
         extra = "" if sink is None else f" + tl.exp2({sink} - shift)"
-        writer.statement(f"total = tl.sum(weights, 1, keep_dims=True){extra}")
+        writer.statement(f"total = tl.sum(weights, {tile.key_axis}, keep_dims=True){extra}")
         cast = "" if problem.dtype == problem.compute else f".to({TL_TYPES[problem.dtype]})"
-        writer.statement(f"acc = {dot(f'weights{cast}', v, None, problem.dtype)}")
-        writer.statement("attention = acc / tl.where(total == 0.0, 1.0, total)")
+        writer.statement(f"acc = {dot(tile.by_rows(f'weights{cast}'), v, None, problem.dtype)}")
+        writer.statement(f"attention = acc / {tile.by_rows('tl.where(total == 0.0, 1.0, total)')}")
         tile.store(place, row)

@@ -1,6 +1,8 @@
 """Parts that all forms of attention share: a program's place, tiles of operands, scores with their mask, the store.
 
-Scores are to base 2, with the factor in the scale: exponentials are ``exp2``.
+Scores are to base 2, with the factor in the scale: exponentials are ``exp2``. Where a program goes over keys, scores
+are [keys, queries]: keys are read as they are stored, one behind the other, and only the queries, which stay, are
+turned. A bias is stored query by query, and with one scores are [queries, keys].
 """
 
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from torch.fx import Node
 
 from tilewright.codegen.attention_problem import AttentionProblem
 from tilewright.codegen.columns import define_columns, next_power_of_2
+from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index, constant, linear, reshape, same_count, variable, without_ones
 from tilewright.codegen.nodes import literal
@@ -28,6 +31,7 @@ LEAST_DOT = 16
 
 _NAMES = (
     *("tile", "head", "sequence", "top", "key_first", "key_last", "last_query", "rows", "row_mask", "d", "dv"),
+    *("queries", "query_mask", "turned"),
     *("d_rows", "keys", "key_mask", "key_rows", "key_row_mask", "scores", "peak", "new_peak", "shift", "weights"),
     *("fade", "total", "acc", "attention", "part", "parts", "part_mask", "inverse"),
 )
@@ -45,6 +49,23 @@ class Place:
     head: Index
     top: str
     query_last: str
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A tile of queries: the index variable that stands for them in the scores, and its text as an operand."""
+
+    index: Index
+    text: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A tile of keys: the variable in the scores, that along axis 0, and the text of the operand."""
+
+    index: Index
+    row: Index
+    text: str
 
 
 class AttentionTile:
@@ -135,6 +156,13 @@ class AttentionTile:
         self.writer.statement(f"row_mask = rows < {place.query_last}")
         return self.writer.define(Var("rows", bound, 0, block, "row_mask"))
 
+    def queries(self, place: Place, top: str) -> Index:
+        """The variable of the same queries along axis 1."""
+        self.writer.statement(f"queries = {top} + tl.arange(0, BLOCK_M)[None, :]")
+        self.writer.statement(f"query_mask = queries < {place.query_last}")
+        bound = self.problem.shape("q")[0] if self.problem.packed else self.problem.length
+        return self.writer.define(Var("queries", bound, 1, "BLOCK_M", "query_mask"))
+
     def keys(self, start: str, block: str) -> tuple[Index, Index]:
         """The variables of keys from ``start``, along axis 1 and along axis 0."""
         writer, bound = self.writer, self.problem.key_bound
@@ -169,6 +197,60 @@ class AttentionTile:
         """Text of the queries' tile [BLOCK_M, D]."""
         index = self.problem.index(place.sequence, row, place.head, self.head_axis("d"))
         return self.evaluator.raw(self.given["q"], index, self.problem.dtype).text
+
+    @property
+    def turned(self) -> bool:
+        """Whether scores are [keys, queries]."""
+        return not isinstance(self.given["bias"], Node)
+
+    @property
+    def key_axis(self) -> int:
+        """Axis of the scores that runs over keys."""
+        return 0 if self.turned else 1
+
+    @property
+    def per_query(self) -> str:
+        """Shape of what there is one of for each query, beside scores."""
+        return "[1, BLOCK_M]" if self.turned else "[BLOCK_M, 1]"
+
+    def by_rows(self, text: str) -> str:
+        """What runs along the queries of the scores, with queries along axis 0."""
+        return f"tl.trans({text})" if self.turned else text
+
+    def read_queries(self, place: Place, top: str, row: Index) -> Queries:
+        """The queries' tile as the scores want it, with the scale in it where that rounds nothing away."""
+        q = self.query_tile(place, row)
+        if not self.turned:
+            return Queries(row, q)
+        query = self.queries(place, top)
+        factor = f" * {literal(self._factor)}" if self._scaled_queries else ""
+        self.writer.statement(f"turned = tl.trans({q}{factor})")
+        return Queries(query, "turned")
+
+    @property
+    def _scaled_queries(self) -> bool:
+        return self.problem.dtype == self.problem.compute
+
+    @property
+    def _factor(self) -> float:
+        scale, cap = float(self.given["scale"]), float(self.given["softcap"])
+        return scale / cap if cap > 0.0 else scale * LOG2_E
+
+    def read_keys(self, place: Place, start: str, block: str) -> Keys:
+        """A tile of keys from ``start`` as the scores want it."""
+        problem = self.problem
+        if not self.turned:
+            key, key_row = self.keys(start, block)
+            return Keys(key, key_row, self.key_tile(place, key, key_row))
+        key_row = self.key_rows(start, block)
+        index = problem.index(place.sequence, key_row, place.head // problem.group, self.head_axis("d"))
+        return Keys(key_row, key_row, self.evaluator.raw(self.given["k"], index, problem.dtype).text)
+
+    def write_scores(self, place: Place, queries: Queries, keys: Keys) -> None:
+        """Writes ``scores``, complete."""
+        pair = (keys.text, queries.text) if self.turned else (queries.text, keys.text)
+        self.writer.statement(f"scores = {dot(*pair, None, self.problem.dtype)}")
+        self.finish_scores(place, queries.index, keys.index, scaled=self.turned and self._scaled_queries)
 
     def key_tile(self, place: Place, key: Index, key_row: Index) -> str:
         """Text of the keys' tile [D, keys]; computed keys are transposed, stored ones are read that way."""
@@ -206,14 +288,14 @@ class AttentionTile:
 
     # Scores
 
-    def finish_scores(self, place: Place, row: Index, key: Index) -> None:
+    def finish_scores(self, place: Place, row: Index, key: Index, scaled: bool = False) -> None:
         """Scale, softcap, bias and mask of ``scores``, in the order of the op's definition."""
         writer, given = self.writer, self.given
-        scale, cap = float(given["scale"]), float(given["softcap"])
+        cap = float(given["softcap"])
+        if not scaled:
+            writer.statement(f"scores = scores * {literal(self._factor)}")
         if cap > 0.0:
-            writer.statement(f"scores = tanh(scores * {literal(scale / cap)}) * {literal(cap * LOG2_E)}")
-        else:
-            writer.statement(f"scores = scores * {literal(scale * LOG2_E)}")
+            writer.statement(f"scores = tanh(scores) * {literal(cap * LOG2_E)}")
         if isinstance(given["bias"], Node):
             shape = fact(given["bias"], TensorType).shape
             full = (place.sequence, place.head, self.slot(row, "q"), self.slot(key, "k"))
@@ -232,7 +314,7 @@ class AttentionTile:
     def _allowed(self, place: Place, row: Index, key: Index) -> list[str]:
         """Conditions under which a query sees a key."""
         problem, given, text = self.problem, self.given, self.writer.index_text
-        conditions = ["key_mask"]
+        conditions = [self.writer.mask(key.deps) or "True"]
         offset = constant(0) if problem.packed else constant(problem.key_length - problem.length)
         if isinstance(given.get("valid"), Node):
             conditions.append(self.evaluator.number(given["valid"], (place.sequence, key), torch.bool).text)

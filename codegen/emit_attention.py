@@ -36,7 +36,7 @@ def emit_attention(call: RegionCall, builder: ProgramBuilder, variant: str) -> t
     problem = AttentionProblem(call, inputs, behind, anchors[0])
     longest = ATTENTION_VARIANTS[variant]
     if longest is None:
-        return (*steps, *emit_online(problem))
+        return (*steps, *emit_online(problem, 16 if variant == "online_16" else 32))
     if variant == "long":
         return (*steps, *emit_long(problem, builder, longest))
     return (*steps, *emit_short(problem, longest))

@@ -96,12 +96,14 @@ class GemmTable:
 
 ATTENTION_VARIANTS: dict[str, int | None] = {
     "online": None,
+    "online_16": None,
     "short_128": 128,
     "short_512": 512,
     "long": 1024,
 }
 """How attention can be run, with the longest sequence of keys each form takes (None: any): blocks of keys with an
-online softmax, all keys in one tile, or two grouped products with the scores in memory between them."""
+online softmax, for 32 queries or for 16; all keys in one tile; two grouped products with the scores in memory between.
+"""
 
 
 @dataclass(frozen=True)
