@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tilewright.ir.program import Choice, Step
 from tilewright.ir.sizes import Size, compile_sizes
+from tilewright.runtime.pages import empty_bytes
 
 ALIGNMENT = 64
 """Bytes; a cache line, and the widest vector."""
@@ -151,7 +152,7 @@ class Arena:
         size = -(-max(needed, self.bytes + self.bytes // 4) // _PAGE) * _PAGE
         self.bytes, self.address, self._typed = 0, 0, {}
         try:
-            block = torch.empty(size + 2 * _PAGE, dtype=torch.uint8)
+            block = empty_bytes(size + 2 * _PAGE)
         except RuntimeError as error:
             raise MemoryError(f"the arena of a program needs {needed} bytes") from error
         # A page is left after the end: a kernel may read the first vector of an empty value.

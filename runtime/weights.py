@@ -5,6 +5,7 @@ a kernel that computes P columns reads one contiguous panel; "panels:P:G", as [c
 that sum the products of G neighbours along K in one step; "vendor", as the vendor library packs it.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from tilewright.errors import TilewrightError
 from tilewright.ir.program import Weight
+from tilewright.runtime.pages import empty_bytes
 
 ALIGNMENT = 16
 """Bytes; the widest alignment that kernels are told of. A parameter mapped from a file may be aligned to less."""
@@ -101,7 +103,8 @@ def _pack(tensor: Tensor) -> PackedLinear:
 def _panels(tensor: Tensor, width: int) -> Tensor:
     n, k = tensor.shape
     full, rest = divmod(n, width)
-    panels = tensor.new_empty((full + (rest > 0), k, width))
+    shape = (full + (rest > 0), k, width)
+    panels = empty_bytes(math.prod(shape) * tensor.element_size()).view(tensor.dtype).view(shape)
     panels[:full] = tensor[: full * width].unflatten(0, (full, width)).transpose(1, 2)
     if rest:
         panels[full, :, :rest] = tensor[full * width :].t()
