@@ -1,6 +1,6 @@
 """The order of all passes, and how they are run. This list is the only place that knows it."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch.fx import GraphModule
 
@@ -20,6 +20,9 @@ from tilewright.passes.specialize import Specialize
 from tilewright.passes.specialize_attention import SpecializeAttention
 from tilewright.passes.verify import verify as verify_graph
 
+OPTIONAL = (SliceRows.name, MergeLinears.name)
+"""Passes that only make a program faster, each on its own: leaving one out shows what it brings."""
+
 
 def pipeline(
     opt_level: int,
@@ -28,6 +31,7 @@ def pipeline(
     measurements: Measurements | None = None,
     attention: str = "auto",
     quantize: bool = False,
+    without: Collection[str] = (),
 ) -> tuple[Pass, ...]:
     """The passes for these options, in order.
 
@@ -39,21 +43,25 @@ def pipeline(
         measurements: timings of variants on this machine.
         attention: as of ``SpecializeAttention``.
         quantize: products with weights in whole numbers of 8 bits; not at level 0.
+        without: names of passes to leave out, of those in ``OPTIONAL``.
 
     Raises:
-        OptionError: ``opt_level`` is not 0, 1, 2 or 3.
+        OptionError: ``opt_level`` is not 0, 1, 2 or 3, or a pass to leave out is not optional.
     """
     if opt_level not in (0, 1, 2, 3):
         raise OptionError(f"opt_level={opt_level!r} is not a choice", hint="choose 0, 1, 2 or 3")
+    if unknown := [name for name in without if name not in OPTIONAL]:
+        raise OptionError(f"no pass {unknown[0]!r} can be left out", hint=f"choose among {', '.join(OPTIONAL)}")
     normalize = normalization()  # first: every other pass knows one spelling of each op
     if opt_level == 0:
         return normalize
     return (
         *normalize,
         RemovePadding(unpad),  # before fusion: it changes the rows that everything after it works on
-        SliceRows(),  # needs packed rows to pick from; before regions, for it changes the rows of what they compute
+        # Needs packed rows to pick from; before regions, for it changes the rows of what they compute.
+        *((SliceRows(),) if SliceRows.name not in without else ()),
         # After the rows are settled, as linears of one value may want different ones; before regions, which grow by it.
-        *((MergeLinears(),) if opt_level > 1 else ()),
+        *((MergeLinears(),) if opt_level > 1 and MergeLinears.name not in without else ()),
         # Merged weights are rounded once; regions then hold the roundings and scales as they hold all pointwise work.
         *((QuantizeLinears(),) if quantize else ()),
         FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags

@@ -15,7 +15,7 @@ from tilewright.ir.facts import TensorType, drop_fact
 from tilewright.ir.graph import Level, info
 from tilewright.passes.base import Pass, PassRecord, PassResult
 from tilewright.passes.observe import ArtifactWriter, GraphDiffs, graph_diff, graph_text, summary_line
-from tilewright.passes.pipeline import pipeline, run_pipeline
+from tilewright.passes.pipeline import OPTIONAL, pipeline, run_pipeline
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -155,3 +155,11 @@ def test_a_copied_graph_has_its_own_facts() -> None:
     drop_fact(next(node for node in two.graph.nodes if node.target is aten.linear.default), TensorType)
     assert "?" not in graph_text(one)
     assert "?" in graph_text(two)
+
+
+def test_optional_passes_can_be_left_out() -> None:
+    names = [[each.name for each in pipeline(2, without=without)] for without in ((), OPTIONAL)]
+    assert [name for name in names[0] if name not in OPTIONAL] == names[1]
+    assert set(OPTIONAL) < set(names[0])
+    with pytest.raises(OptionError, match="no pass 'find_regions' can be left out"):
+        pipeline(2, without=("find_regions",))

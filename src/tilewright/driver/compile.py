@@ -70,6 +70,7 @@ def compile(
     target: str = "auto",
     gemm: str = "auto",
     cache_dir: str | Path | None = None,
+    without: Sequence[str] = (),
 ) -> Any:
     """Compiles a model into Triton kernels.
 
@@ -88,6 +89,7 @@ def compile(
         target: "cpu", or "auto", which is the CPU in this version.
         gemm: "auto" chooses per GEMM and row count; "triton" or "vendor" uses one alone.
         cache_dir: where kernels and tables are kept; default: the user's cache folder.
+        without: passes to leave out, to see what they bring: "slice_rows", "merge_linears".
 
     Returns:
         A ``CompiledModel``: a callable that takes what the model takes and returns the same output class with the same
@@ -99,7 +101,8 @@ def compile(
         CaptureError: it is no model, or is in training mode.
         PackingRefused: ``unpad="on"`` and packing is not legal, or the model cannot be captured.
     """
-    options = CompileOptions(dtype, opt_level, unpad, target, gemm, Path(cache_dir) if cache_dir else None)
+    folder = Path(cache_dir) if cache_dir else None
+    options = CompileOptions(dtype, opt_level, unpad, target, gemm, folder, tuple(without))
     if is_pipeline(model):
         return compile_pipeline(model, options)
     check_model(model)
@@ -137,7 +140,9 @@ def _run_passes(
     gm: GraphModule, options: CompileOptions, observers: Sequence[Observer], progress: Progress | None
 ) -> tuple[GraphModule, tuple[PassRecord, ...]]:
     """The pipeline; its last passes choose by measurements, and what to measure is known once regions are."""
-    passes = pipeline(options.opt_level, options.unpad, options.gemm, quantize=options.quantized)
+    passes = pipeline(
+        options.opt_level, options.unpad, options.gemm, quantize=options.quantized, without=options.without
+    )
     front = [each for each in passes if each.requires < Level.FUSED]
     gm, records = run_pipeline(gm, front, observers)
     if options.opt_level == 0:
@@ -146,7 +151,9 @@ def _run_passes(
     if options.gemm == "auto":
         found = measurements_for(gm, options.opt_level, _compile_specialized, progress)
     found = replace(found, attention=attention_timings(gm, options.opt_level, compile_attention, progress))
-    passes = pipeline(options.opt_level, options.unpad, options.gemm, found, quantize=options.quantized)
+    passes = pipeline(
+        options.opt_level, options.unpad, options.gemm, found, quantize=options.quantized, without=options.without
+    )
     gm, more = run_pipeline(gm, passes[len(front) :], observers, first=len(front) + 1)
     return gm, records + more
 

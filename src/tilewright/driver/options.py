@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from tilewright.errors import OptionError
+from tilewright.passes.pipeline import pipeline
 
 _CHOICES = {
     "opt_level": (0, 1, 2, 3),
@@ -28,6 +29,7 @@ class CompileOptions:
     target: str = "auto"
     gemm: str = "auto"
     cache_dir: Path | None = None
+    without: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -41,6 +43,7 @@ class CompileOptions:
             raise OptionError(
                 f"dtype={self.dtype!r} is not a choice", hint=f"choose None, one of {names}, or torch's own"
             )
+        pipeline(self.opt_level, without=self.without)  # says what cannot be left out
         if self.target == "cuda":
             raise OptionError(
                 "target='cuda' cannot run yet",
