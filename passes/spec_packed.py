@@ -65,7 +65,7 @@ def _tokens_first(gm: GraphModule) -> Iterator[Violation]:
 
 
 def _is_result(gm: GraphModule, node: Node, place: int) -> bool:
-    return node.target is operator.getitem and node.args[0] in _row_indices(gm) and node.args[1] == place
+    return bool(node.target is operator.getitem and node.args[0] in _row_indices(gm) and node.args[1] == place)
 
 
 def _from_row_index(gm: GraphModule) -> Iterator[Violation]:
