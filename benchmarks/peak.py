@@ -28,7 +28,8 @@ def peak(precision: str) -> float | None:
         "int8": lambda: int8_step(target),
     }
     threads = torch.get_num_threads()
-    loops = [bare_loop(steps[precision](), target, torch.zeros(1 << 12)) for _ in range(threads)]
+    buffers = [torch.zeros(1 << 12) for _ in range(threads)]  # the loops hold addresses only
+    loops = [bare_loop(steps[precision](), target, buffer) for buffer in buffers]
 
     def work(index: int) -> None:
         for _ in range(_CALLS):
