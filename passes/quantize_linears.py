@@ -51,8 +51,9 @@ class QuantizeLinears(Pass):
             else:
                 reasons[node.name] = why
             counts["int8" if why is None else "kept"] += 1
-        erase_dead(gm)
-        gm.recompile()
+        if counts["int8"]:
+            erase_dead(gm)
+            gm.recompile()
         return PassResult(gm, counts["int8"] > 0, dict(counts), reasons)
 
 

@@ -81,7 +81,9 @@ def _variants_known(gm: GraphModule) -> Iterator[Violation]:
 
 def _variants_fit(gm: GraphModule) -> Iterator[Violation]:
     for call, table in _tables(gm):
-        for bound, variant in table.entries if isinstance(table, AttentionTable) else ():
+        if not isinstance(table, AttentionTable):
+            continue
+        for bound, variant in table.entries:
             most = ATTENTION_VARIANTS.get(variant)
             longest = table.length if bound is None and isinstance(table.length, int) else bound
             if most is not None and (longest is None or longest > most):

@@ -100,7 +100,7 @@ def key_length(anchor: Node) -> Size:
     if "max_seqlen_k" not in given:
         return fact(given["k"], TensorType).shape[2]  # type: ignore[arg-type]
     length = given["max_seqlen_k"]
-    return fact(length, SizeValue).value if isinstance(length, Node) else length  # type: ignore[return-value]
+    return fact(length, SizeValue).value if isinstance(length, Node) else length
 
 
 def attention_key(anchor: Node) -> AttentionKey:

@@ -79,11 +79,10 @@ def lay_out(tensor: Tensor, layout: str, name: str = "") -> LoadedWeight:
     if tensor.dim() == 2 and kind == "kn" and not width:
         return tensor.t().contiguous()
     if tensor.dim() == 2 and kind == "panels" and width.isdigit() and int(width) > 0:
-        panels = _panels(tensor, int(width))
         if not group:
-            return panels
-        if group.isdigit() and int(group) > 0 and panels.shape[1] % int(group) == 0:
-            return panels.unflatten(1, (-1, int(group))).transpose(2, 3).contiguous()
+            return _panels(tensor, int(width), 1).squeeze(3)
+        if group.isdigit() and int(group) > 0 and tensor.shape[1] % int(group) == 0:
+            return _panels(tensor, int(width), int(group))
     if tensor.dim() == 2 and kind == "vendor" and not width:
         return _pack(tensor) if vendor_packs(tensor.dtype) else lay_out(tensor, "as_is", name)
     raise TilewrightError(
@@ -100,14 +99,16 @@ def _pack(tensor: Tensor) -> PackedLinear:
     return PackedLinear(ops._reorder_linear_weight.default(tensor), ops._linear_pointwise.default)
 
 
-def _panels(tensor: Tensor, width: int) -> Tensor:
+def _panels(tensor: Tensor, width: int, group: int) -> Tensor:
+    """[N, K] as [ceil(N / width), K / group, width, group], in large pages."""
     n, k = tensor.shape
     full, rest = divmod(n, width)
-    shape = (full + (rest > 0), k, width)
+    shape = (full + (rest > 0), k // group, width, group)
     panels = empty_bytes(math.prod(shape) * tensor.element_size()).view(tensor.dtype).view(shape)
-    panels[:full] = tensor[: full * width].unflatten(0, (full, width)).transpose(1, 2)
+    groups = tensor.unflatten(1, (k // group, group))
+    panels[:full] = groups[: full * width].unflatten(0, (full, width)).transpose(1, 2)
     if rest:
-        panels[full, :, :rest] = tensor[full * width :].t()
+        panels[full, :, :rest] = groups[full * width :].transpose(0, 1)
         panels[full, :, rest:] = 0
     return panels
 

@@ -2,13 +2,15 @@
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from references import build, in_double, masks
 
 import tilewright
-from tilewright.driver import precision
+from tilewright.driver import artifact, precision
+from tilewright.errors import OptionError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,3 +93,22 @@ def test_whole_numbers_of_another_model_type(dtype: torch.dtype) -> None:
     assert compiled(torch.randint(3, 99, (2, 5))).last_hidden_state.dtype == dtype
     largest, scale = error(compiled, in_double(model))
     assert largest <= 0.1 * scale
+
+
+def test_whole_numbers_have_no_effect_on_the_reference() -> None:
+    with pytest.raises(OptionError, match="no effect at opt_level=0"):
+        tilewright.compile(build("bert", 0), dtype="int8", opt_level=0)
+
+
+@pytest.mark.usefixtures("without")
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_a_saved_model_gives_the_same(dtype: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = tilewright.compile(build("bert", 4), dtype=dtype)
+    again = artifact.open_artifact(artifact.save(compiled, tmp_path / "saved"))
+    ids, mask = torch.randint(3, 99, (3, 21)), masks(3, 21, "right", torch.Generator().manual_seed(2))
+    want, got = (model(ids, attention_mask=mask) for model in (compiled, again))
+    for name, value in want.items():
+        assert got[name].dtype == value.dtype
+        assert torch.equal(got[name], value)

@@ -139,3 +139,15 @@ def test_compiled(opt_level: int, unpad: str) -> None:
 def test_unknown_types_are_refused(dtype: object) -> None:
     with pytest.raises(OptionError, match="is not a choice"):
         tilewright.compile(torch.nn.Linear(4, 4).eval(), dtype=dtype)
+
+
+def test_a_graph_without_such_linears_is_left_as_it_is() -> None:
+    """Also what nothing reads: removing it would be a change."""
+    g = GraphBuilder()
+    x = g.input("x", TOKENS, 8)
+    g.call(aten.neg.default, x)
+    gm = with_layouts(g.done(g.linear(x, "one", 8)))
+    before = str(gm.graph)
+    after, record = run_pass(QuantizeLinears(), gm)
+    assert str(after.graph) == before
+    assert record.counts == {"kept": 1}

@@ -172,7 +172,8 @@ def export_model(name: str, file_format: str, level: str, out_file: Path | None,
 
 def graph_at(model: Any, level: Level, unpad: str, dtype: str | None) -> GraphModule:
     """The model's graph at a level, for its usual call."""
-    gm = capture(model, dtype=CompileOptions(parse_dtype(dtype)).model_dtype)
-    passes = [each for each in pipeline(2, unpad, "auto") if each.ensures <= level]
+    options = CompileOptions(parse_dtype(dtype), unpad=unpad)
+    gm = capture(model, dtype=options.model_dtype)
+    passes = [each for each in pipeline(2, unpad, "auto", quantize=options.quantized) if each.ensures <= level]
     gm, _ = run_pipeline(gm, passes)
     return gm

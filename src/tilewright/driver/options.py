@@ -43,6 +43,12 @@ class CompileOptions:
             raise OptionError(
                 f"dtype={self.dtype!r} is not a choice", hint=f"choose None, one of {names}, or torch's own"
             )
+        if self.quantized and self.opt_level == 0:
+            raise OptionError(
+                "dtype='int8' has no effect at opt_level=0",
+                why="that level runs the model's own operations, and products become whole numbers after it",
+                hint="choose opt_level 1, 2 or 3",
+            )
         pipeline(self.opt_level, without=self.without)  # says what cannot be left out
         if self.target == "cuda":
             raise OptionError(

@@ -1,18 +1,20 @@
 """Half precision on processors that cannot compute in it: inside in fp32, outside as asked."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from tilewright.codegen.cpu.target import CpuTarget
 from tilewright.driver.options import CompileOptions
+from tilewright.ir.facts import TensorType, fact
 from tilewright.ir.graph import info, update_info
+from tilewright.passes.rewrite import Rewriter
 from tilewright.runtime.weights import vendor_packs
 
+CONVERT = torch.ops.prims.convert_element_type.default
 _NEEDS = {torch.bfloat16: "AVX-512 BF16 or AMX", torch.float16: "AVX-512 FP16"}
 
 
@@ -55,17 +57,23 @@ def _is_native(dtype: torch.dtype) -> bool:
 
 
 def round_results(gm: GraphModule, precision: Precision) -> None:
-    """Makes the graph's results of the type asked for, and puts the reason on record."""
+    """Gives the graph's fp32 results the type asked for, and puts the reason on record.
+
+    Args:
+        gm: as captured; changed in place. The conversions are ops of the graph, so they are saved with it.
+        precision: of the model it was captured from.
+    """
     if precision.results is None:
         return
-    found = info(gm)
-    build = _rounded(found.output.build, precision.results)
-    reasons = {**found.reasons, "dtype": precision.reason}
-    update_info(gm, output=replace(found.output, build=build), reasons=reasons)
+    rewriter = Rewriter(gm, "precision")
+    output = next(node for node in gm.graph.nodes if node.op == "output")
 
+    def rounded(value: Node) -> Node:
+        kind = fact(value, TensorType)
+        if kind.dtype != torch.float32:
+            return value
+        return rewriter.call(output, CONVERT, value, precision.results, type=replace(kind, dtype=precision.results))
 
-def _rounded(build: Callable[[list[torch.Tensor]], Any], dtype: torch.dtype) -> Callable[[list[torch.Tensor]], Any]:
-    def rounded(flat: list[torch.Tensor]) -> Any:
-        return build([value.to(dtype) if value.dtype == torch.float32 else value for value in flat])
-
-    return rounded
+    output.args = torch.fx.node.map_arg(output.args, rounded)
+    gm.recompile()
+    update_info(gm, reasons={**info(gm).reasons, "dtype": precision.reason})
