@@ -1,4 +1,4 @@
-"""Times GEMM variants on this machine, for the tables that ``passes.specialize`` makes."""
+"""Times variants of a kernel on this machine, for the tables that ``passes.specialize*`` make."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,22 +11,22 @@ _LONGER = 4.0
 Make = Callable[[int], Callable[[], None]]
 
 
-def measure_gemm(
-    variants: Mapping[str, Make], rows: Sequence[int], budget_s: float
+def measure_variants(
+    variants: Mapping[str, Make], sizes: Sequence[int], budget_s: float
 ) -> dict[str, tuple[tuple[int, float], ...]]:
-    """Times each variant at each row count; the variants take turns, so a change of clock rate meets all of them.
+    """Times each variant at each size; the variants take turns, so a change of clock rate meets all of them.
 
     Args:
-        variants: by name, a function that prepares a run of a given row count and returns it.
-        rows: row counts.
+        variants: by name, a function that prepares a run of a given size and returns it.
+        sizes: row counts of a GEMM, lengths of an attention.
         budget_s: seconds to spend in all, or up to four times as many on a machine with other work to do; every pair
             is run at least three times whatever the budget.
 
     Returns:
-        For each variant, (rows, least seconds), sorted by rows: the form ``tilewright.ir.measurements`` keeps.
+        For each variant, (size, least seconds), sorted by size: the form ``tilewright.ir.measurements`` keeps.
     """
     found: dict[str, list[tuple[int, float]]] = {name: [] for name in variants}
-    ordered = sorted(set(rows))
+    ordered = sorted(set(sizes))
     end = time.perf_counter() + budget_s
     for done, count in enumerate(ordered):
         left = max(0.0, end - time.perf_counter()) / (len(ordered) - done)

@@ -37,8 +37,8 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*args: object) -> None:
             raise AssertionError("measured again")
 
-        monkeypatch.setattr(tuning, "measure_gemm", fail)
-        monkeypatch.setattr(tune_attention, "measure_gemm", fail)
+        monkeypatch.setattr(tuning, "measure_variants", fail)
+        monkeypatch.setattr(tune_attention, "measure_variants", fail)
         again = tilewright.compile(model)
         assert tables(again) == first
         assert all(table.measured for table in facts(again, AttentionTable))
@@ -50,6 +50,6 @@ def test_measured_once_and_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("options", [{"gemm": "vendor"}, {"gemm": "triton"}, {"opt_level": 1}])
 def test_nothing_is_measured_without_a_choice(monkeypatch: pytest.MonkeyPatch, options: dict[str, object]) -> None:
-    monkeypatch.setattr(tuning, "measure_gemm", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(tuning, "measure_variants", lambda *args: pytest.fail("measured"))
     with settings.scope(tune=True, check=False):  # in checked mode nothing is measured
         assert not any(table.measured for table in tables(tilewright.compile(build("distilbert", 0), **options)))

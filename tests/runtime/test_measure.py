@@ -2,13 +2,13 @@
 
 import pytest
 
-from tilewright.runtime.measure import measure_gemm
+from tilewright.runtime.measure import measure_variants
 
 
 def test_every_variant_is_timed_at_every_row_count() -> None:
     log: list[tuple[str, int]] = []
     variants = {name: (lambda rows, name=name: lambda: log.append((name, rows))) for name in ("triton", "vendor")}
-    found = measure_gemm(variants, (8, 1, 8), budget_s=0.0)
+    found = measure_variants(variants, (8, 1, 8), budget_s=0.0)
     assert set(found) == {"triton", "vendor"}
     for times in found.values():
         assert [rows for rows, _ in times] == [1, 8]
@@ -23,4 +23,4 @@ def test_a_failing_variant_is_not_hidden() -> None:
         raise RuntimeError("cannot run")
 
     with pytest.raises(RuntimeError, match="cannot run"):
-        measure_gemm({"triton": lambda rows: fail}, (1,), budget_s=0.1)
+        measure_variants({"triton": lambda rows: fail}, (1,), budget_s=0.1)

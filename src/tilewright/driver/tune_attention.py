@@ -4,27 +4,22 @@ What is timed is a program of one attention on packed tokens of sequences of une
 the longest, its operands slices of one matrix, as behind a joint projection.
 """
 
-import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tilewright import settings
-from tilewright.codegen.cpu import store
-from tilewright.codegen.cpu.launch import num_threads
-from tilewright.codegen.cpu.target import CpuTarget
-from tilewright.codegen.cpu.version import toolchain_version
+from tilewright.driver.timing_store import Timings, may_measure, stored_or_measured
 from tilewright.ir.facts import Origin, SizeValue, TensorType, find_fact, set_fact
 from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, set_info
 from tilewright.ir.measurements import AttentionKey
 from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, Region
 from tilewright.ir.sizes import BATCH, SEQ, Size
 from tilewright.passes.specialize_attention import attention_key, attention_of
-from tilewright.runtime.measure import Make, measure_gemm
+from tilewright.runtime.measure import Make, measure_variants
 
-Timings = dict[str, tuple[tuple[int, float], ...]]
 Compile = Callable[[GraphModule, str], Callable[..., Any]]
 Progress = Callable[[int, int, str], None]
 
@@ -49,7 +44,7 @@ def attention_timings(
         compile_one: compiles a normalized graph with one form alone and returns what runs it.
         progress: called before each problem with (number done, number in all, name).
     """
-    if opt_level not in _EFFORT or not settings.get("tune") or settings.get_once("check"):
+    if opt_level not in _EFFORT or not may_measure():
         return {}
     regions = [node for node in gm.graph.nodes if (fact := find_fact(node, Region)) and fact.anchor is Anchor.ATTENTION]
     bodies = [gm.get_submodule(str(node.target)) for node in regions]
@@ -58,20 +53,9 @@ def attention_timings(
     for done, key in enumerate(keys):
         if progress is not None:
             progress(done, len(keys), f"timing attention of heads of {key.size}")
-        found[key] = _stored(key, opt_level) or _measure(key, opt_level, compile_one)
+        measure = partial(_measure, key, opt_level, compile_one)
+        found[key] = stored_or_measured("attention-table", key, opt_level, measure)
     return found
-
-
-def _entry(key: AttentionKey, opt_level: int) -> str:
-    parts = (*vars(key).values(), opt_level, CpuTarget.native().key, num_threads(), torch.__version__)
-    return store.key("attention-table", toolchain_version(), *map(str, parts))
-
-
-def _stored(key: AttentionKey, opt_level: int) -> Timings | None:
-    content = store.get(_entry(key, opt_level))
-    if content is None:
-        return None
-    return {name: tuple((length, seconds) for length, seconds in times) for name, times in json.loads(content).items()}
 
 
 def _measure(key: AttentionKey, opt_level: int, compile_one: Compile) -> Timings:
@@ -81,9 +65,8 @@ def _measure(key: AttentionKey, opt_level: int, compile_one: Compile) -> Timings
     found: Timings = dict.fromkeys(ATTENTION_VARIANTS, ())
     for length in lengths:
         fitting = {name: makes[name] for name, most in ATTENTION_VARIANTS.items() if most is None or length <= most}
-        for name, times in measure_gemm(fitting, (length,), budget).items():
+        for name, times in measure_variants(fitting, (length,), budget).items():
             found[name] += times
-    store.put(_entry(key, opt_level), json.dumps(found).encode())
     return found
 
 

@@ -5,27 +5,23 @@ vendor call then has its switch from native code and its epilogue kernel, and we
 a model. Figures are filed under everything they depend on; another CPU, thread count or version measures anew.
 """
 
-import json
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from tilewright import settings
-from tilewright.codegen.cpu import store
-from tilewright.codegen.cpu.launch import num_threads
-from tilewright.codegen.cpu.target import CpuTarget
-from tilewright.codegen.cpu.version import toolchain_version
+from tilewright.driver.timing_store import Timings, may_measure, stored_or_measured
 from tilewright.ir.facts import TensorType, TupleType, all_facts, fact, find_fact, set_fact
 from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, get_tensor, info, set_info, update_info
 from tilewright.ir.measurements import GemmKey, Measurements
 from tilewright.ir.regions import Anchor, GemmTable, Region
 from tilewright.ir.sizes import Size, product
 from tilewright.passes.specialize import gemm_key, variants_of
-from tilewright.runtime.measure import Make, measure_gemm
+from tilewright.runtime.measure import Make, measure_variants
 
 # Row counts and seconds for each problem, by opt_level.
 _EFFORT: dict[int, tuple[tuple[int, ...], float]] = {
@@ -49,7 +45,7 @@ def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, prog
         compile_one: compiles a graph at level specialized and returns what runs it.
         progress: called before each problem with (number done, number in all, name).
     """
-    if opt_level not in _EFFORT or not settings.get("tune") or settings.get_once("check"):
+    if opt_level not in _EFFORT or not may_measure():
         return Measurements()
     problems: dict[GemmKey, list[Node]] = {}
     for node in gm.graph.nodes:
@@ -60,23 +56,9 @@ def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, prog
     for done, (key, calls) in enumerate(problems.items()):
         if progress is not None:
             progress(done, len(problems), f"timing GEMM {key.n}x{key.k}")
-        found[key] = _stored(key, opt_level) or _measure(gm, key, calls, opt_level, compile_one)
+        measure = partial(_measure, gm, key, calls, opt_level, compile_one)
+        found[key] = stored_or_measured("gemm-table", key, opt_level, measure)
     return Measurements(found)
-
-
-Timings = dict[str, tuple[tuple[int, float], ...]]
-
-
-def _entry(key: GemmKey, opt_level: int) -> str:
-    parts = (key.n, key.k, key.dtype, key.around, opt_level, CpuTarget.native().key, num_threads(), torch.__version__)
-    return store.key("gemm-table", toolchain_version(), *map(str, parts))
-
-
-def _stored(key: GemmKey, opt_level: int) -> Timings | None:
-    content = store.get(_entry(key, opt_level))
-    if content is None:
-        return None
-    return {name: tuple((rows, seconds) for rows, seconds in times) for name, times in json.loads(content).items()}
 
 
 def _measure(gm: GraphModule, key: GemmKey, calls: list[Node], opt_level: int, compile_one: Compile) -> Timings:
@@ -87,9 +69,7 @@ def _measure(gm: GraphModule, key: GemmKey, calls: list[Node], opt_level: int, c
     for variant in variants_of(key):
         specialize_all(alone, variant)
         runs[variant] = _runner(compile_one(alone), info(alone).inputs)
-    timings = measure_gemm(runs, rows, budget)
-    store.put(_entry(key, opt_level), json.dumps(timings).encode())
-    return timings
+    return measure_variants(runs, rows, budget)
 
 
 def _runner(run: Callable[..., Any], inputs: tuple[InputSpec, ...]) -> Make:
