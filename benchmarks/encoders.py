@@ -11,9 +11,10 @@ worth quoting; a machine with other work to do shows in the spread.
 
 import argparse
 import json
-import statistics
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -21,6 +22,7 @@ import peers
 import torch
 from lengths import LENGTHS
 from peak import peak
+from timing import interleaved
 from transformers import BertConfig, BertModel
 
 import tilewright
@@ -56,18 +58,6 @@ def operations(config: BertConfig, lengths: tuple[int, ...]) -> float:
     linears = 2.0 * tokens * (4 * width * width + 2 * width * config.intermediate_size)
     attention = 4.0 * width * sum(length * length for length in lengths)
     return config.num_hidden_layers * (linears + attention)
-
-
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, all run in turn within each round; a first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def compare(
@@ -125,8 +115,8 @@ def show(record: dict[str, Any]) -> None:
         print(f"best peer in {kind}: {ratio:.2f} of our time" + (f", target {wanted:.2f}" if wanted else ""))
     for kind, floor in record["floors"].items():
         if kind in ours:
-            print(f"{kind}: ours is {ours[kind] / floor:.2f} of the floor of {floor * 1e3:.0f} ms"
-                  + (f", target {targets['floor']:.2f}" if kind == "fp32" and "floor" in targets else ""))  # fmt: skip
+            wanted = f", target {targets['floor']:.2f}" if kind == "fp32" and "floor" in targets else ""
+            print(f"{kind}: ours is {ours[kind] / floor:.2f} of the floor of {floor * 1e3:.0f} ms{wanted}", flush=True)
 
 
 def steps(model: BertModel, rounds: int) -> None:
@@ -157,10 +147,11 @@ def main() -> None:
     if options.steps:
         steps(model, options.rounds)
         return
-    runs, failed = peers.set_up(model, options.contenders)
-    for case in options.only:
-        record = compare(model, case, runs, failed, options.rounds)
-        print(json.dumps(record)) if options.json else show(record)
+    with tempfile.TemporaryDirectory(prefix="peers-") as folder:
+        runs, failed = peers.set_up(model, options.contenders, Path(folder))
+        for case in options.only:
+            record = compare(model, case, runs, failed, options.rounds)
+            print(json.dumps(record), flush=True) if options.json else show(record)
 
 
 if __name__ == "__main__":

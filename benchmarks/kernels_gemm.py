@@ -13,8 +13,12 @@ import triton.language as tl
 from timing import Line, interleaved
 
 import tilewright
+from tilewright.codegen.cpu.microkernel import interleaved_group
+from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.runtime.weights import vendor_packs
 
 M, N, K = 1305, 3072, 768
+NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}  # in the backend
 F = torch.nn.functional
 
 
@@ -114,7 +118,7 @@ def ours(dtype: torch.dtype, packed: bool, tile: tuple[int, int, int] | None = N
     """One of our kernels, checked against fp64."""
     x, weight, bias = operands(dtype)
     bm, bn, bk = tile or TILES[dtype][0 if packed else 1]
-    group = max(1, 4 // dtype.itemsize) if packed else 0
+    group = interleaved_group(NAMES[dtype], CpuTarget.native()) if packed else 0
     row_scale, scale = torch.rand(M) * 1e-3, torch.rand(N) * 1e-3
     integer = dtype == torch.int8
     out = torch.empty(M, N, dtype=torch.float32 if integer else dtype)
@@ -162,6 +166,8 @@ def _line(name: str, target: float, seconds: dict[str, float], key: str, peers: 
 def lines() -> Iterator[Line]:
     """Speed of each kernel relative to the fastest of the vendor's forms."""
     for dtype in TILES:
+        if dtype.is_floating_point and not vendor_packs(dtype):
+            continue  # the vendor has no such product on this processor
         name = str(dtype).removeprefix("torch.")
         peers = vendor(dtype)
         contenders = {"packed": ours(dtype, True), "plain": ours(dtype, False)}

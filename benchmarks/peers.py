@@ -5,16 +5,22 @@ A batch is right-padded ids and mask; a peer that takes sequences of true length
 the last hidden state.
 """
 
+import copy
 import json
 import sys
-import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import nn
+from transformers import AutoTokenizer
+
+import tilewright
+from tilewright.cli.demo import minilm_folder
 
 Batch = dict[str, torch.Tensor]
 Run = Callable[[Batch], Any]
@@ -28,8 +34,6 @@ def eager(model: nn.Module, folder: Path) -> Run:
 
 def eager_bf16(model: nn.Module, folder: Path) -> Run:
     """The model converted."""
-    import copy
-
     half = copy.deepcopy(model).bfloat16()
     return lambda batch: half(**batch).last_hidden_state
 
@@ -135,10 +139,6 @@ def _ctranslate2(model: nn.Module, folder: Path, kind: str) -> Run:
         # Its converter asks for a field that configurations no longer have, and for a tokenizer.
         config = json.loads((source / "config.json").read_text())
         (source / "config.json").write_text(json.dumps(config | {"position_embedding_type": "absolute"}))
-        from transformers import AutoTokenizer
-
-        from tilewright.cli.demo import minilm_folder
-
         AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(source)
         quantization = "int8" if kind == "int8" else None
         ctranslate2.converters.TransformersConverter(str(source)).convert(str(made), quantization=quantization)
@@ -147,8 +147,6 @@ def _ctranslate2(model: nn.Module, folder: Path, kind: str) -> Run:
     def run(batch: Batch) -> Any:
         lengths = batch["attention_mask"].sum(1).tolist()
         ids = [row[:length] for row, length in zip(batch["input_ids"].tolist(), lengths, strict=True)]
-        import numpy
-
         return numpy.array(encoder.forward_batch(ids).last_hidden_state)
 
     return run
@@ -166,10 +164,6 @@ def ctranslate2_int8(model: nn.Module, folder: Path) -> Run:
 
 def _ours(**options: Any) -> Callable[[nn.Module, Path], Run]:
     def make(model: nn.Module, folder: Path) -> Run:
-        import warnings
-
-        import tilewright
-
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = tilewright.compile(model, **options)
@@ -196,11 +190,10 @@ CONTENDERS: dict[str, tuple[str, Callable[[nn.Module, Path], Run]]] = {
 }
 
 
-def set_up(model: nn.Module, names: list[str]) -> tuple[dict[str, Run], dict[str, str]]:
-    """What runs each contender, and why the others cannot run here."""
+def set_up(model: nn.Module, names: list[str], folder: Path) -> tuple[dict[str, Run], dict[str, str]]:
+    """What runs each contender, and why the others cannot run here; files that they need go into the folder."""
     runs: dict[str, Run] = {}
     failed: dict[str, str] = {}
-    folder = Path(tempfile.mkdtemp(prefix="peers-"))
     for name in names:
         start = time.perf_counter()
         try:

@@ -7,13 +7,13 @@ in their order, as texts reach a server that collects them. The tokenizer's time
 """
 
 import argparse
-import statistics
 import time
 import warnings
 from collections.abc import Callable
 
 import numpy
 from sentence_transformers import SentenceTransformer
+from timing import interleaved
 
 import tilewright
 from tilewright.cli.demo import minilm_folder, passages
@@ -26,18 +26,6 @@ TARGETS = {("sorted", "fp32"): (1.5, 1e-6), ("sorted", "bf16"): (2.3, 2e-4), ("a
 def encode_in_order(model: SentenceTransformer, texts: list[str]) -> numpy.ndarray:
     """Embeddings of the texts, a call for every ``SIZE`` of them as they come."""
     return numpy.concatenate([model.encode(texts[start : start + SIZE]) for start in range(0, len(texts), SIZE)])
-
-
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds of each, all in turn; a first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if number:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def main() -> None:
@@ -64,7 +52,9 @@ def main() -> None:
     }
     for order, run in orders.items():
         models = {"default": default, **ours}
-        seconds = medians({name: lambda m=model, r=run: r(m, texts) for name, model in models.items()}, options.rounds)
+        seconds = interleaved(
+            {name: lambda m=model, r=run: r(m, texts) for name, model in models.items()}, options.rounds
+        )
         for name, value in seconds.items():
             found = run(models[name], texts)
             found = found / numpy.linalg.norm(found, axis=1, keepdims=True)

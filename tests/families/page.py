@@ -48,5 +48,7 @@ def write(rows: dict[str, Row]) -> None:
     """Writes the page with these rows."""
     lines = [f"| | {' | '.join(HEADS)} |", f"| --- |{' --- |' * len(HEADS)}"]
     lines += [f"| {family} | {' | '.join(rows[family].cells)} |" for family in FAMILIES if family in rows]
-    reasons = [f"- {family}, {heads}: {why}" for family, row in rows.items() for heads, why in row.reasons]
+    reasons = [
+        f"- {family}, {heads}: {why}" for family in FAMILIES if family in rows for heads, why in rows[family].reasons
+    ]
     PAGE.write_text(_TOP + "\n".join(lines) + "\n" + _REASONS + "\n".join(reasons) + "\n")
