@@ -9,7 +9,6 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
 from tilewright.driver.compiled import CompiledModel
@@ -36,16 +35,6 @@ class CompiledBackbone(nn.Module):
     def config(self) -> Any:
         """The original's configuration."""
         return self.original.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Element type of the original's weights."""
-        return next(self.original.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the original's weights are."""
-        return next(self.original.parameters()).device
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Saves the original."""
