@@ -16,9 +16,10 @@ HEADS = {
 }
 VOCAB, EOS = 99, 2
 _SIZES = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS, "max_position_embeddings": 80}
-_WIDE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_WIDE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 _COMMON = {**_SIZES, **_WIDE}
 _FROM_IDS = {**_COMMON, "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
+_SEVERAL = {"num_hidden_layers": 2}  # layers that differ, share their weights
 _HALVES = {"encoder": 2, "decoder": 2}
 _DISENTANGLED = {
     "relative_attention": True,
@@ -48,11 +49,13 @@ FAMILIES = {
     "bert": Family("Bert", _COMMON),
     "roberta": Family("Roberta", _FROM_IDS),
     "xlm-roberta": Family("XLMRoberta", _FROM_IDS),
-    "distilbert": Family("DistilBert", {**_SIZES, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}),
+    "distilbert": Family("DistilBert", {**_SIZES, "dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64}),
     "mpnet": Family("MPNet", {**_COMMON, "pad_token_id": 1, "bos_token_id": 0}),
     "electra": Family("Electra", {**_COMMON, "embedding_size": 16}),
-    "albert": Family("Albert", {**_COMMON, "embedding_size": 16}),
-    "modernbert": Family("ModernBert", {**_COMMON, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}),
+    "albert": Family("Albert", {**_COMMON, **_SEVERAL, "embedding_size": 16}),
+    "modernbert": Family(
+        "ModernBert", {**_COMMON, **_SEVERAL, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
+    ),
     "nomic_bert": Family("NomicBert", _COMMON),
     "deberta-v2": Family("DebertaV2", {**_COMMON, **_DISENTANGLED}),
     "t5": Family(
@@ -71,7 +74,7 @@ FAMILIES = {
         },
         ("base",),
     ),
-    "qwen3": Family("Qwen3", {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}),
+    "qwen3": Family("Qwen3", {**_COMMON, **_SEVERAL, "num_key_value_heads": 2, "head_dim": 8}),
 }
 
 

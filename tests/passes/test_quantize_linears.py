@@ -115,8 +115,7 @@ def test_a_weight_of_zeros_gives_the_bias() -> None:
     assert torch.equal(found, g.root.one_bias.expand_as(found))
 
 
-@pytest.mark.parametrize("opt_level", [1, 2])
-@pytest.mark.parametrize("unpad", ["on", "off"])
+@pytest.mark.parametrize(("opt_level", "unpad"), [(1, "off"), (2, "on")])
 def test_compiled(opt_level: int, unpad: str) -> None:
     from transformers import BertConfig, BertModel
 
