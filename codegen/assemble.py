@@ -57,7 +57,6 @@ class _Assembler:
         self.steps: list[Step] = []
         self.eager: dict[str, str] = {}
         self.returned = _returned_results(gm)
-        self.given = info(gm).inputs
         self.bind = _bind(gm)
         self.symbols = (*(symbol for symbol, _, _ in self.bind), *([TOKENS] if _has_row_index(gm) else []))
         self.outputs: tuple[int, ...] = ()
@@ -86,8 +85,7 @@ class _Assembler:
     def _input(self, node: Node) -> None:
         kind = fact(node, TensorType)
         position = sum(value.storage is Storage.INPUT for value in self.builder.values)
-        state = self.given[position].state
-        index = self.builder.new_value(str(node.target), Storage.INPUT, kind.dtype, kind.shape, position, state)
+        index = self.builder.new_value(node.name, Storage.INPUT, kind.dtype, kind.shape, position)
         self.views[node] = self.builder.whole(index)
 
     def _weight(self, node: Node) -> None:

@@ -62,6 +62,10 @@ class InputError(TilewrightError, ValueError):
     """The arguments of a call do not fit the compiled model."""
 
 
+class GgufError(InputError):
+    """A GGUF file is incomplete or damaged, or holds something that is not read."""
+
+
 class OptionError(TilewrightError, ValueError):
     """An option or setting has a value outside its range."""
 
@@ -82,10 +86,6 @@ class VerifierError(TilewrightError):
 
 class PackingRefused(TilewrightError):
     """Padding removal is not legal for this model and ``unpad="on"`` was asked for."""
-
-
-class CacheRefused(TilewrightError):
-    """A model cannot go on from a cache of keys and values, so it cannot generate token by token."""
 
 
 class UnsupportedOp(TilewrightError):
