@@ -1,19 +1,21 @@
-"""Encoders beside those who serve them: one run, all in turn, on the same batches.
+"""Encoders beside those who serve them: each in a process of its own, all in turn, on the same batches.
 
-    python benchmarks/encoders.py [--only CASE ...] [--contenders NAME ...] [--rounds 5] [--json]
+    python benchmarks/encoders.py [--only CASE ...] [--contenders NAME ...] [--rounds 3] [--json]
     python benchmarks/encoders.py --steps
 
 The first form prints, for each case, milliseconds, the time of each contender over ours in the same precision, the
 largest difference from eager fp32 over real tokens, and our time over the floor: the operations of the real tokens at
-the peak of a bare loop measured in the same run. The second switches passes off, one after the other. Only ratios are
-worth quoting; a machine with other work to do shows in the spread.
+the peak of a bare loop measured in the same run. A contender whose difference is above the limit of its precision is
+not timed. The second form switches passes off, one after the other. Only ratios are worth quoting; a machine with other
+work to do shows in the spread.
 """
 
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ import numpy
 import peers
 import torch
 from lengths import LENGTHS
-from peak import peak
-from timing import interleaved
-from transformers import BertConfig, BertModel
+from transformers import BertConfig
+from workers import FailedError, Inputs, Make, Run, Worker, in_turn, started
 
-import tilewright
+Contender = tuple[str, Make]  # the precision it competes in, and what sets it up
+Record = dict[str, Any]
 
 STEPS: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -35,8 +37,10 @@ STEPS: dict[str, dict[str, Any]] = {
     "vendor GEMMs": {"gemm": "vendor"},
     "neither packing nor fusion": {"unpad": "off", "opt_level": 1},
 }
-# What the time of the best other contender over ours should be, by case and precision; "floor" is ours over the floor.
 TOO_SLOW = 8  # times eager: no contender
+# Largest difference from eager in fp32 over real tokens, whose values are about 1; beyond it a result is wrong.
+LIMITS = {"fp32": 1e-3, "bf16": 0.3, "int8": 0.3}
+# What the time of the best other contender over ours should be, by case and precision; "floor" is ours over the floor.
 TARGETS = {
     "batch16_longest128": {"fp32": 1.05, "bf16": 1.4, "int8": 1.25, "floor": 1 / 0.88},
     "batch8_longest512": {"fp32": 1.25, "bf16": 1.25, "int8": 1.25},
@@ -44,12 +48,13 @@ TARGETS = {
 }
 
 
-def batch(lengths: tuple[int, ...], vocab: int) -> dict[str, torch.Tensor]:
+def batch(lengths: tuple[int, ...]) -> dict[str, numpy.ndarray]:
     """Right-padded ids and mask of the given lengths."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, vocab, (len(lengths), max(lengths)), generator=generator)
+    ids = torch.randint(1000, BertConfig().vocab_size, (len(lengths), max(lengths)), generator=generator)
     mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)}
+    made = {"input_ids": ids * mask, "attention_mask": mask, "token_type_ids": torch.zeros_like(mask)}
+    return {name: value.numpy() for name, value in made.items()}
 
 
 def operations(config: BertConfig, lengths: tuple[int, ...]) -> float:
@@ -60,37 +65,54 @@ def operations(config: BertConfig, lengths: tuple[int, ...]) -> float:
     return config.num_hidden_layers * (linears + attention)
 
 
-def compare(
-    model: BertModel, case: str, runs: dict[str, peers.Run], failed: dict[str, str], rounds: int
-) -> dict[str, Any]:
-    """One case as a record: seconds and error of each contender, what could not run and why, and the floors."""
-    inputs = batch(LENGTHS[case], model.config.vocab_size)
-    real = inputs["attention_mask"].bool()
-    runs, failed = dict(runs), dict(failed)
-    with torch.no_grad():
-        start = time.perf_counter()
-        reference = model(**inputs).last_hidden_state[real]
-        patience = TOO_SLOW * (time.perf_counter() - start)
-        errors = {}
-        for name in list(runs):
-            start = time.perf_counter()
-            try:
-                runs[name](inputs)  # the first call may compile
-                start = time.perf_counter()
-                out = runs[name](inputs)
-                found = out.float() if isinstance(out, torch.Tensor) else torch.as_tensor(numpy.asarray(out)).float()
-                errors[name] = float((found[real] - reference).abs().max())
-            except Exception as error:
-                failed[name] = peers.one_line(error)
-                del runs[name]
-                continue
-            if time.perf_counter() - start > patience:
-                failed[name] = f"left out: a call took {time.perf_counter() - start:.1f} s"
-                del runs[name]
-        seconds = interleaved({name: lambda run=run: run(inputs) for name, run in runs.items()}, rounds)
-    work = operations(model.config, LENGTHS[case])
-    floors = {kind: work / rate for kind in ("fp32", "bf16", "int8") if (rate := peak(kind)) is not None}
-    return {"case": case, "seconds": seconds, "errors": errors, "failed": failed, "floors": floors, "gflop": work / 1e9}
+def peaks() -> Run:
+    """What measures operations a second at the peak of each precision of ``LIMITS``; NaN without the instruction."""
+    from peak import peak
+
+    return lambda _: numpy.array([peak(kind) or numpy.nan for kind in LIMITS])
+
+
+def bench(contenders: dict[str, Contender], cases: list[str], rounds: int, report: Callable[[Record], None]) -> None:
+    """Sets contenders up and reports each case: seconds, errors, what failed and why, and the floors."""
+    with ExitStack() as stack:
+        reference = stack.enter_context(closing(Worker(partial(peers.contender, "eager fp32", Path()))))
+        gauge = stack.enter_context(closing(Worker(peaks)))
+        makes = {name: make for name, (_, make) in contenders.items()}
+        workers, failed = stack.enter_context(started(makes))
+        for case in cases:
+            inputs = batch(LENGTHS[case])
+            expected = reference.result(inputs)
+            limit = TOO_SLOW * reference.seconds(inputs, limit=60.0)
+            errors, wrong = check(workers, contenders, inputs, expected)
+            seconds, left = in_turn({name: workers[name] for name in errors}, inputs, rounds, limit)
+            work = operations(BertConfig(), LENGTHS[case])
+            rates = dict(zip(LIMITS, gauge.result(inputs).tolist(), strict=True))
+            floors = {kind: work / rate for kind, rate in rates.items() if rate > 0}
+            report({"case": case, "gflop": work / 1e9, "floors": floors, "seconds": seconds, "errors": errors,
+                    "failed": failed | wrong | left})  # fmt: skip
+
+
+def check(
+    workers: dict[str, Worker], contenders: dict[str, Contender], inputs: Inputs, expected: numpy.ndarray
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Largest difference of each contender from what is expected, over real tokens; and what is wrong with others."""
+    real = inputs["attention_mask"] > 0
+    errors: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, worker in workers.items():
+        try:
+            found = worker.result(inputs)
+        except FailedError as error:
+            failed[name] = f"cannot run: {error}"
+            continue
+        same = found.shape == expected.shape
+        error = float(numpy.abs(found - expected)[real].max()) if same else float("inf")
+        limit = LIMITS[contenders[name][0]]
+        if error <= limit:
+            errors[name] = error
+        else:
+            failed[name] = f"wrong result: off by {error:.1e} (limit {limit:g})"
+    return errors, failed
 
 
 def show(record: dict[str, Any]) -> None:
@@ -108,7 +130,7 @@ def show(record: dict[str, Any]) -> None:
             best[kind] = min(best.get(kind, float("inf")), ratio)
         print(f"| {name} | {value * 1e3:.1f} | {ratio:.2f} | {record['errors'][name]:.1e} |")
     for name, why in record["failed"].items():
-        print(f"| {name} | | | cannot run: {why[:110]} |")
+        print(f"| {name} | | | {why[:110]} |")
     targets = TARGETS.get(record["case"], {})
     for kind, ratio in best.items():
         wanted = targets.get(kind)
@@ -119,18 +141,13 @@ def show(record: dict[str, Any]) -> None:
             print(f"{kind}: ours is {ours[kind] / floor:.2f} of the floor of {floor * 1e3:.0f} ms{wanted}", flush=True)
 
 
-def steps(model: BertModel, rounds: int) -> None:
-    """What each part brings, by switching it off."""
-    compiled = {name: tilewright.compile(model, **options) for name, options in STEPS.items()}
-    for case in ("batch16_longest128", "batch8_longest512"):
-        inputs = batch(LENGTHS[case], model.config.vocab_size)
-        calls: dict[str, Callable[[], Any]] = {"eager": lambda i=inputs: model(**i)}
-        calls |= {name: lambda c=c, i=inputs: c(**i) for name, c in compiled.items()}
-        with torch.no_grad():
-            seconds = interleaved(calls, rounds)
-        print(f"\n## Steps, {case}\n| | ms | over everything |\n| --- | --- | --- |")
-        for name, value in seconds.items():
-            print(f"| {name} | {value * 1e3:.0f} | {value / seconds['everything']:.2f} |", flush=True)
+def show_steps(record: Record) -> None:
+    """Prints what each part brings, from one record of ``STEPS``."""
+    print(f"\n## Steps, {record['case']}\n| | ms | over everything |\n| --- | --- | --- |")
+    for name, value in record["seconds"].items():
+        print(f"| {name} | {value * 1e3:.0f} | {value / record['seconds'].get('everything', numpy.nan):.2f} |")
+    for name, why in record["failed"].items():
+        print(f"| {name} | | {why[:110]} |")
 
 
 def main() -> None:
@@ -142,16 +159,16 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    model = BertModel(BertConfig()).eval()
-    if options.steps:
-        steps(model, options.rounds)
-        return
     with tempfile.TemporaryDirectory(prefix="peers-") as folder:
-        runs, failed = peers.set_up(model, options.contenders, Path(folder))
-        for case in options.only:
-            record = compare(model, case, runs, failed, options.rounds)
-            print(json.dumps(record), flush=True) if options.json else show(record)
+        names = ["eager fp32"] if options.steps else options.contenders
+        contenders: dict[str, Contender] = {
+            name: (peers.CONTENDERS[name][0], partial(peers.contender, name, Path(folder))) for name in names
+        }
+        if options.steps:
+            contenders |= {name: ("fp32", partial(peers.compiled, chosen)) for name, chosen in STEPS.items()}
+        table = show_steps if options.steps else show
+        report = (lambda record: print(json.dumps(record), flush=True)) if options.json else table
+        bench(contenders, options.only, options.rounds, report)
 
 
 if __name__ == "__main__":

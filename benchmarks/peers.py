@@ -2,13 +2,10 @@
 
 A peer is set up in its best documented form for a model of transformers: dynamic shapes, all threads, its own fusions.
 A batch is right-padded ids and mask; a peer that takes sequences of true length is given these. What is called returns
-the last hidden state.
+the last hidden state. Each function imports its library itself: a process holds one contender and nothing of the rest.
 """
 
-import copy
 import json
-import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +14,7 @@ from typing import Any
 import numpy
 import torch
 from torch import nn
-from transformers import AutoTokenizer
-
-import tilewright
-from tilewright.cli.demo import minilm_folder
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 Batch = dict[str, torch.Tensor]
 Run = Callable[[Batch], Any]
@@ -34,7 +28,7 @@ def eager(model: nn.Module, folder: Path) -> Run:
 
 def eager_bf16(model: nn.Module, folder: Path) -> Run:
     """The model converted."""
-    half = copy.deepcopy(model).bfloat16()
+    half = model.bfloat16()
     return lambda batch: half(**batch).last_hidden_state
 
 
@@ -89,12 +83,11 @@ def onnxruntime_fp32(model: nn.Module, folder: Path) -> Run:
     from onnxruntime.transformers import optimizer
 
     fused = folder / "fused.onnx"
-    if not fused.exists():
-        config = model.config
-        made = optimizer.optimize_model(
-            str(_onnx(model, folder)), "bert", config.num_attention_heads, config.hidden_size, opt_level=1
-        )
-        made.save_model_to_file(str(fused))
+    config = model.config
+    made = optimizer.optimize_model(
+        str(_onnx(model, folder)), "bert", config.num_attention_heads, config.hidden_size, opt_level=1
+    )
+    made.save_model_to_file(str(fused))
     return _session(fused)
 
 
@@ -132,16 +125,16 @@ def openvino_bf16(model: nn.Module, folder: Path) -> Run:
 def _ctranslate2(model: nn.Module, folder: Path, kind: str) -> Run:
     import ctranslate2
 
-    made = folder / f"ctranslate2_{kind}"
-    if not made.exists():
-        source = folder / "model"
-        model.save_pretrained(source)  # type: ignore[operator]
-        # Its converter asks for a field that configurations no longer have, and for a tokenizer.
-        config = json.loads((source / "config.json").read_text())
-        (source / "config.json").write_text(json.dumps(config | {"position_embedding_type": "absolute"}))
-        AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(source)
-        quantization = "int8" if kind == "int8" else None
-        ctranslate2.converters.TransformersConverter(str(source)).convert(str(made), quantization=quantization)
+    from tilewright.cli.demo import minilm_folder
+
+    made, source = folder / f"ctranslate2_{kind}", folder / "model"
+    model.save_pretrained(source)  # type: ignore[operator]
+    # Its converter asks for a field that configurations no longer have, and for a tokenizer.
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"position_embedding_type": "absolute"}))
+    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(source)
+    quantization = "int8" if kind == "int8" else None
+    ctranslate2.converters.TransformersConverter(str(source)).convert(str(made), quantization=quantization)
     encoder = ctranslate2.Encoder(str(made), device="cpu", compute_type=kind, inter_threads=1, intra_threads=THREADS)
 
     def run(batch: Batch) -> Any:
@@ -164,6 +157,8 @@ def ctranslate2_int8(model: nn.Module, folder: Path) -> Run:
 
 def _ours(**options: Any) -> Callable[[nn.Module, Path], Run]:
     def make(model: nn.Module, folder: Path) -> Run:
+        import tilewright
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compiled = tilewright.compile(model, **options)
@@ -190,20 +185,17 @@ CONTENDERS: dict[str, tuple[str, Callable[[nn.Module, Path], Run]]] = {
 }
 
 
-def set_up(model: nn.Module, names: list[str], folder: Path) -> tuple[dict[str, Run], dict[str, str]]:
-    """What runs each contender, and why the others cannot run here; files that they need go into the folder."""
-    runs: dict[str, Run] = {}
-    failed: dict[str, str] = {}
-    for name in names:
-        start = time.perf_counter()
-        try:
-            runs[name] = CONTENDERS[name][1](model, folder)
-        except Exception as error:
-            failed[name] = one_line(error)
-        print(f"{name}: set up in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    return runs, failed
+def contender(name: str, folder: Path) -> Run:
+    """What runs batches through the named contender; files that it needs go into the folder, for others as well."""
+    return CONTENDERS[name][1](bert_base(), folder)
 
 
-def one_line(error: Exception) -> str:
-    """Type and first line of an error."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+def compiled(options: dict[str, Any]) -> Run:
+    """What runs batches through our program, compiled with these options."""
+    return _ours(**options)(bert_base(), Path())
+
+
+def bert_base() -> BertModel:
+    """BERT-base with random weights, the same in each process."""
+    torch.manual_seed(0)
+    return BertModel(BertConfig()).eval()
