@@ -1,0 +1,112 @@
+"""Gives requests their next tokens out of a step's logits, and says which of them end with it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tilewright.runtime.request import Request
+from tilewright.runtime.sampling import draw, largest
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request whose next token is chosen.
+
+    Attributes:
+        request: whose.
+        row: of the logits it is chosen from.
+        drafts: proposals; draft i was fed behind them, so row + i + 1 holds if draft i is what is chosen at row + i.
+        shared: whether another request chooses from the same row.
+    """
+
+    request: Request
+    row: int
+    drafts: Sequence[int] = field(default=())
+    shared: bool = False
+
+
+def choose(turns: Sequence[Turn], logits: Tensor) -> list[str | None]:
+    """Appends to each request its next token, and those behind it as long as proposals hold.
+
+    What a processor or stopping criterion of a request raises ends that request only.
+
+    Args:
+        turns: whose turn it is.
+        logits: [R, V] fp32.
+
+    Returns:
+        For each turn why its request ends, or None.
+    """
+    best = largest(logits) if any(turn.request.options.sampling.plain for turn in turns) else [-1] * len(logits)
+    first = _first_tokens(turns, logits, best)
+    return [_take(turn, token, logits, best) for turn, token in zip(turns, first, strict=True)]
+
+
+def _take(turn: Turn, token: int | Exception, logits: Tensor, best: Sequence[int]) -> str | None:
+    request = turn.request
+    try:
+        for index in range(len(turn.drafts) + 1):
+            if index:
+                token = _one_token(request, logits, best, turn.row + index)
+            if isinstance(token, Exception):
+                raise token
+            request.append(token)
+            reason = request.end_reason()
+            if reason is not None or index == len(turn.drafts) or token != turn.drafts[index]:
+                return reason
+    except Exception as error:
+        request.error = error
+        return "error"
+    return None
+
+
+def _first_tokens(turns: Sequence[Turn], logits: Tensor, best: Sequence[int]) -> list[int | Exception]:
+    """A token for each turn; those that are drawn with one generator are drawn together, as transformers does."""
+    tokens: list[int | Exception] = [best[turn.row] for turn in turns]
+    drawn: dict[torch.Generator | None, list[tuple[int, Tensor]]] = {}
+    for index, turn in enumerate(turns):
+        options = turn.request.options
+        if options.sampling.plain and not (options.keep_logits or options.keep_scores):
+            continue
+        try:
+            scores = _scores(turn.request, logits[turn.row : turn.row + 1], turn.shared)
+        except Exception as error:
+            tokens[index] = error
+            continue
+        if options.sampling.do_sample:
+            drawn.setdefault(options.sampling.generator, []).append((index, scores))
+        else:
+            tokens[index] = largest(scores)[0]
+    for generator, group in drawn.items():
+        for (index, _), token in zip(group, _draw([scores for _, scores in group], generator), strict=True):
+            tokens[index] = token
+    return tokens
+
+
+def _draw(scores: Sequence[Tensor], generator: torch.Generator | None) -> Sequence[int | Exception]:
+    """One token for each [1, V]; scores that are no distribution (NaN, nothing left) are an error of their own."""
+    try:
+        return draw(torch.cat(list(scores)), generator)
+    except RuntimeError as error:
+        return [error] if len(scores) == 1 else [_draw([each], generator)[0] for each in scores]
+
+
+def _one_token(request: Request, logits: Tensor, best: Sequence[int], row: int) -> int:
+    options = request.options
+    if options.sampling.plain and not (options.keep_logits or options.keep_scores):
+        return best[row]
+    scores = _scores(request, logits[row : row + 1], shared=False)
+    return draw(scores, options.sampling.generator)[0] if options.sampling.do_sample else largest(scores)[0]
+
+
+def _scores(request: Request, logits: Tensor, shared: bool) -> Tensor:
+    """Scores [1, V] of logits [1, V], both recorded if the request keeps them; processors may work in place."""
+    options = request.options
+    if options.keep_logits:
+        request.logits.append(logits[0].clone())
+    scores = options.sampling.process(request.input_ids, logits.clone() if shared else logits)
+    if options.keep_scores:
+        request.scores.append(scores[0].clone())
+    return scores

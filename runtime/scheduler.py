@@ -1,0 +1,173 @@
+"""Which requests take part in the next step, with how many tokens: continuous batching with chunked prefill.
+
+A step has a token budget. Requests that decode come first, one token each and their drafts; what is left of the budget
+goes to prompts in the order of arrival, a chunk of one where the whole does not fit (Sarathi; Dynamic SplitFuse). When
+pages run out the youngest running request goes back to waiting and computes its keys anew later; the oldest can always
+go on, because no request is admitted that does not fit into the pool by itself.
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+from tilewright.runtime.kv_pages import PageAllocator
+from tilewright.runtime.request import Part, Request, Status
+
+
+def _arrival(request: Request) -> int:
+    return request.arrival
+
+
+class Scheduler:
+    """Waiting and running requests over one pool of pages.
+
+    Attributes:
+        running: hold pages; in the order of arrival.
+        waiting: hold none; in the order of arrival.
+        preempted: how often a running request lost its pages.
+        reused: tokens whose keys were found in pages of earlier requests.
+    """
+
+    def __init__(self, allocator: PageAllocator, token_budget: int, max_sequences: int) -> None:
+        self.allocator = allocator
+        self.token_budget = token_budget
+        self.max_sequences = max_sequences
+        self.running: list[Request] = []
+        self.waiting: deque[Request] = deque()
+        self.preempted = 0
+        self.reused = 0
+
+    @property
+    def decoding(self) -> list[Request]:
+        """Running requests that have one token to compute."""
+        return [request for request in self.running if request.pending == 1]
+
+    def add(self, request: Request) -> None:
+        """A new request waits its turn."""
+        insort(self.waiting, request, key=_arrival)
+
+    def plan(self, drafts: Mapping[Request, Sequence[int]]) -> tuple[list[Part], list[tuple[int, int]]]:
+        """The parts of the next step, and the pages to copy before it.
+
+        Args:
+            drafts: proposals for requests that decode; shortened or left out where budget or pages end.
+        """
+        parts, copies = [], []
+        before = self.preempted
+        for part in self._shares(drafts):
+            made = self._reserve(part)
+            if made is not None:
+                parts.append(part)
+                copies += made
+        if self.preempted == before:
+            self._admit(parts)
+        return parts, copies
+
+    def fork(self, leader: Request) -> list[Request]:
+        """The followers that start now, on the pages of their leader, whose prompt is complete."""
+        started = []
+        for follower in leader.followers:
+            if follower.status is not Status.WAITING or len(self.running) >= self.max_sequences:
+                continue
+            follower.table = leader.table.fork()
+            follower.computed = leader.computed
+            self._run(follower)
+            self.waiting.remove(follower)
+            started.append(follower)
+        self._dismiss_followers(leader)
+        return started
+
+    def finish(self, request: Request, reason: str) -> None:
+        """Ends a request wherever it stands; its pages are free."""
+        for queue in (self.running, self.waiting):
+            if request in queue:
+                queue.remove(request)
+        request.finish_reason = reason
+        request.status = Status.FINISHED
+        self._lose_pages(request)
+
+    def preempt(self, request: Request) -> None:
+        """A running request waits again, in its place by arrival, and its pages are free."""
+        insort(self.waiting, request, key=_arrival)
+        self.running.remove(request)
+        request.status = Status.WAITING
+        self._lose_pages(request)
+        self.preempted += 1
+
+    def recount(self) -> None:
+        """Makes the books right again after an interruption: what runs is what holds pages."""
+        running = set(self.running)
+        self.waiting = deque(request for request in self.waiting if request not in running)
+        for request in self.waiting:
+            request.status = Status.WAITING
+            request.table.pages.clear()
+            self._lose_pages(request)
+        self.allocator.recount(request.table for request in self.running)
+
+    def _shares(self, drafts: Mapping[Request, Sequence[int]]) -> list[Part]:
+        """How the budget is shared out among running requests, in the order of arrival."""
+        decoding = self.decoding
+        budget = self.token_budget - len(decoding)
+        shares = {}
+        for request in decoding:
+            guesses = drafts.get(request, ())[: max(budget, 0)]
+            shares[request] = Part(request, 1, guesses)
+            budget -= len(guesses)
+        for request in self.running:
+            if request not in shares and budget > 0:
+                shares[request] = Part(request, min(request.pending, budget))
+                budget -= shares[request].count
+        return [shares[request] for request in self.running if request in shares]
+
+    def _reserve(self, part: Part) -> list[tuple[int, int]] | None:
+        """Pages for a part, taken from younger requests where there are none; None if it is the one that gives way."""
+        request = part.request
+        while request.status is Status.RUNNING:
+            start = request.computed
+            copies = request.table.reserve(start, start + part.count + len(part.drafts))
+            if copies is not None:
+                return copies
+            if part.drafts:
+                part.drafts = ()
+            else:
+                self.preempt(self.running[-1])
+        return None
+
+    def _admit(self, parts: list[Part]) -> None:
+        """Starts waiting requests in the order of arrival, as far as sequences, budget and pages allow.
+
+        One starts only if its whole prompt fits beside a page for each running request: else it would soon be the
+        youngest that gives way.
+        """
+        budget = self.token_budget - sum(part.count + len(part.drafts) for part in parts)
+        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
+            request = self.waiting[0]
+            if request.leader is not None:
+                return  # starts on its leader's pages, when these are complete
+            request.computed = request.table.adopt_prefix(request.tokens)
+            needed = self.allocator.pages_for(request.length) - len(request.table.pages)
+            if needed + len(self.running) > self.allocator.available:
+                self._lose_pages(request)
+                return
+            request.table.reserve(request.computed, request.length)
+            self.reused += request.computed
+            self._run(request)
+            self.waiting.popleft()
+            parts.append(Part(request, min(request.pending, budget)))
+            budget -= parts[-1].count
+
+    def _run(self, request: Request) -> None:
+        request.status = Status.RUNNING
+        insort(self.running, request, key=_arrival)
+
+    def _lose_pages(self, request: Request) -> None:
+        request.table.release()
+        request.computed = 0
+        self._dismiss_followers(request)
+
+    @staticmethod
+    def _dismiss_followers(leader: Request) -> None:
+        """From here on they start like any other request."""
+        for follower in leader.followers:
+            follower.leader = None
+        leader.followers = []
