@@ -57,6 +57,7 @@ class _Assembler:
         self.steps: list[Step] = []
         self.eager: dict[str, str] = {}
         self.returned = _returned_results(gm)
+        self.given = info(gm).inputs
         self.bind = _bind(gm)
         self.symbols = (*(symbol for symbol, _, _ in self.bind), *([TOKENS] if _has_row_index(gm) else []))
         self.outputs: tuple[int, ...] = ()
@@ -85,7 +86,8 @@ class _Assembler:
     def _input(self, node: Node) -> None:
         kind = fact(node, TensorType)
         position = sum(value.storage is Storage.INPUT for value in self.builder.values)
-        index = self.builder.new_value(node.name, Storage.INPUT, kind.dtype, kind.shape, position)
+        state = self.given[position].state
+        index = self.builder.new_value(str(node.target), Storage.INPUT, kind.dtype, kind.shape, position, state)
         self.views[node] = self.builder.whole(index)
 
     def _weight(self, node: Node) -> None:

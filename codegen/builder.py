@@ -64,6 +64,7 @@ class ProgramBuilder:
         dtype: torch.dtype,
         shape: tuple[Size, ...],
         source: int | str | None = None,
+        state: bool = False,
     ) -> int:
         """Adds a value (see ``tilewright.ir.program.Value``) and returns its index."""
         unique, count = name, 1
@@ -72,7 +73,7 @@ class ProgramBuilder:
             unique = f"{name}_{count}"
         self._names.add(unique)
         index = len(self.values)
-        self.values.append(Value(index, unique, storage, dtype, tuple(shape), source))
+        self.values.append(Value(index, unique, storage, dtype, tuple(shape), source, state))
         return index
 
     def new_weight(self, key: str, tensor: Tensor) -> int:

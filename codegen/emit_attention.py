@@ -2,6 +2,7 @@
 
 from tilewright.codegen.attention_long import emit_long
 from tilewright.codegen.attention_online import emit_online
+from tilewright.codegen.attention_paged import emit_paged
 from tilewright.codegen.attention_problem import AttentionProblem
 from tilewright.codegen.attention_short import emit_short
 from tilewright.codegen.builder import ProgramBuilder
@@ -10,7 +11,7 @@ from tilewright.codegen.region_call import RegionCall
 from tilewright.codegen.results import depends_on
 from tilewright.errors import CodegenError
 from tilewright.ir.program import KernelStep
-from tilewright.ir.regions import ATTENTION_VARIANTS
+from tilewright.ir.regions import ATTENTION_VARIANTS, PAGED_VARIANTS
 from tilewright.ops import Flow, traits_of
 
 
@@ -28,11 +29,13 @@ def emit_attention(call: RegionCall, builder: ProgramBuilder, variant: str) -> t
         raise CodegenError(
             "an attention region needs exactly one attention", where=call.name, why=f"it has {len(anchors)}"
         )
-    if variant not in ATTENTION_VARIANTS:
+    if variant not in (*ATTENTION_VARIANTS, *PAGED_VARIANTS):
         raise CodegenError(f"no attention variant '{variant}'", where=call.name, hint=", ".join(ATTENTION_VARIANTS))
     ahead = [(node, view) for node, view in results if not depends_on(node, anchors[0])]
     behind = [(node, view) for node, view in results if depends_on(node, anchors[0])]
     steps = emit_rows(call.graph, inputs, ahead) if ahead else ()
+    if variant in PAGED_VARIANTS:
+        return (*steps, *emit_paged(call, inputs, behind, anchors[0]))
     problem = AttentionProblem(call, inputs, behind, anchors[0])
     longest = ATTENTION_VARIANTS[variant]
     if longest is None:

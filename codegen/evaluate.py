@@ -246,7 +246,7 @@ class Evaluator:
         return self.value(table, (row, index[-1]))
 
     def packing(self, node: Node, index: tuple[Index, ...]) -> Register:
-        """Rows picked by the row index (gather) or by the offsets of the sequences (first row of each)."""
+        """Rows picked by the row index (gather), the offsets of the sequences (first row of each) or a list of rows."""
         given = arguments(node)
         shape = fact(given["x"], TensorType).shape
         if node.target == packing.gather_rows.default:
@@ -254,6 +254,8 @@ class Evaluator:
             return self.value(given["x"], (row // shape[1], row % shape[1], *index[1:]))
         if node.target == packing.first_rows.default:
             return self.value(given["x"], (self.loaded_index(given["cu_seqlens"], index[:1], shape[0]), *index[1:]))
+        if node.target == packing.take_rows.default:
+            return self.value(given["x"], (self.loaded_index(given["rows"], index[:1], shape[0]), *index[1:]))
         raise CodegenError(f"{node.target} cannot be evaluated element by element", where=where(node))
 
     def loaded_index(self, node: Node, index: tuple[Index, ...], bound: Size) -> Index:

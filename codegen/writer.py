@@ -19,7 +19,7 @@ import torch
 from tilewright.codegen.index import Atom, Div, Index, Leaf, variable
 from tilewright.errors import CodegenError
 from tilewright.ir.program import Pointer, Scalar, View
-from tilewright.ir.sizes import Size, size_text
+from tilewright.ir.sizes import SYMBOLS, Size, size_text
 
 TRITON_TYPES = {
     torch.float64: "fp64",
@@ -55,9 +55,7 @@ _RESERVED = (
     "gelu",
     "pow_scalar",
     "clamp",
-    "B",
-    "S",
-    "T",
+    *map(str, SYMBOLS),
     "float",
     "range",
     *keyword.kwlist,

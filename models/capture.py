@@ -164,7 +164,7 @@ def example_call(
         InputError: the example is empty.
         CaptureError: a tensor cannot be made up and there is no example.
     """
-    batch, long, little = example_sizes(model, _longest(model))
+    batch, long, little = example_sizes(model, longest(model))
     length = little if short else long
     parameters = forward_parameters(model)
     given: dict[str, Any] = {}
@@ -209,8 +209,8 @@ def _made_up(argument: TensorArgument, first: Tensor | None, batch: int, length:
     return torch.ones(shape, dtype=torch.int64, device=first.device if first is not None else None)
 
 
-def _longest(model: nn.Module) -> int | None:
-    """The smallest length limit that a configuration of the model, or of a model inside it, names."""
+def longest(model: nn.Module) -> int | None:
+    """The longest input: the smallest limit that a configuration of the model, or of a model inside it, names."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     found = [getattr(config, key, None) for config in configs for key in _LENGTHS]
     return min((n for n in found if isinstance(n, int) and n > 0), default=None)

@@ -66,18 +66,21 @@ class _Mixes(Exception):
         super().__init__(why)
 
 
-def analyze(gm: GraphModule, validity: Validity | None) -> Packing:
+def analyze(gm: GraphModule, validity: Validity | None, token_inputs: frozenset[str] = frozenset()) -> Packing:
     """Layouts of all values, with packing by ``validity``, or without packing when it is None.
+
+    ``token_inputs`` names integer inputs [B, S] to be packed from the start.
 
     Raises:
         NotPackable: packing by ``validity`` is not legal; says which rule, which node and why.
     """
-    return _Analysis(gm, validity).run()
+    return _Analysis(gm, validity, token_inputs).run()
 
 
 class _Analysis:
-    def __init__(self, gm: GraphModule, validity: Validity | None) -> None:
+    def __init__(self, gm: GraphModule, validity: Validity | None, token_inputs: frozenset[str]) -> None:
         self.gm = gm
+        self.token_inputs = token_inputs
         self.validity = validity
         self.layouts: dict[Node, Layout] = {}
         self.padded_again: set[Node] = set()
@@ -128,8 +131,9 @@ class _Analysis:
         type_ = fact(node, TensorType)
         axes = axes_by_shape(type_.shape)
         # Token features given by the caller: one gather at the very start packs all that follows.
-        features = None not in axes and type_.dtype.is_floating_point and len(type_.shape) > 2
-        return Layout(_PACKED, *axes) if features and self.validity is not None else self._unpacked(node, axes)
+        features = type_.dtype.is_floating_point and len(type_.shape) > 2
+        packed = None not in axes and (features or node.target in self.token_inputs)
+        return Layout(_PACKED, *axes) if packed and self.validity is not None else self._unpacked(node, axes)
 
     # Helpers -------------------------------------------------------------------------------------------------------
 

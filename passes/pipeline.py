@@ -7,6 +7,7 @@ from torch.fx import GraphModule
 from tilewright import settings
 from tilewright.errors import OptionError
 from tilewright.ir.measurements import Measurements
+from tilewright.passes.add_cache import AddCache
 from tilewright.passes.base import Observer, Pass, PassRecord, run_pass
 from tilewright.passes.find_regions import FindRegions
 from tilewright.passes.merge_linears import MergeLinears
@@ -32,6 +33,7 @@ def pipeline(
     attention: str = "auto",
     quantize: bool = False,
     without: Collection[str] = (),
+    cache: AddCache | None = None,
 ) -> tuple[Pass, ...]:
     """The passes for these options, in order.
 
@@ -44,6 +46,7 @@ def pipeline(
         attention: as of ``SpecializeAttention``.
         quantize: products with weights in whole numbers of 8 bits; not at level 0.
         without: names of passes to leave out, of those in ``OPTIONAL``.
+        cache: the pass that makes the graph one step of generation, where that is wanted.
 
     Raises:
         OptionError: ``opt_level`` is not 0, 1, 2 or 3, or a pass to leave out is not optional.
@@ -57,7 +60,11 @@ def pipeline(
         return normalize
     return (
         *normalize,
-        RemovePadding(unpad),  # before fusion: it changes the rows that everything after it works on
+        # Where keys are cached, no token depends on the padded batch.
+        RemovePadding(
+            unpad, (cache.tokens, cache.positions) if cache is not None else ()
+        ),  # before fusion: it changes the rows that everything after it works on
+        *((cache,) if cache is not None else ()),  # needs packed rows; says which of them are wanted, for the next
         # Needs packed rows to pick from; before regions, for it changes the rows of what they compute.
         *((SliceRows(),) if SliceRows.name not in without else ()),
         # After the rows are settled, as linears of one value may want different ones; before regions, which grow by it.

@@ -25,6 +25,8 @@ class RemovePadding(Pass):
     Attributes:
         unpad: "auto" leaves the graph padded where packing is not legal, with the reason in
             ``GraphInfo.reasons["packing"]``; "on" raises ``PackingRefused`` instead; "off" only tags the layouts.
+        token_inputs: integer inputs [B, S] that are packed from the start: the caller knows that nothing reads their
+            masked places. What is computed from them is then computed for real tokens alone.
     """
 
     name: ClassVar[str] = "remove_padding"
@@ -32,6 +34,7 @@ class RemovePadding(Pass):
     ensures: ClassVar[Level] = Level.PACKED
 
     unpad: str = "auto"
+    token_inputs: tuple[str, ...] = ()
 
     def run(self, gm: GraphModule) -> PassResult:
         """Packs the graph in place, or tags it as padded.
@@ -42,7 +45,7 @@ class RemovePadding(Pass):
         if self.unpad == "off":
             return _leave_padded(gm, "turned off by the option unpad='off'")
         try:
-            packing = analyze(gm, find_validity(gm))
+            packing = analyze(gm, find_validity(gm), frozenset(self.token_inputs))
         except NotPackable as refused:
             if self.unpad == "on":
                 raise PackingRefused(

@@ -18,7 +18,7 @@ from torch.fx import GraphModule, Node
 from tilewright.ir.facts import SizeValue, TensorType, copy_origin, fact, find_fact, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.layout import Layout, LayoutKind
-from tilewright.ir.sizes import BATCH, TOKENS
+from tilewright.ir.sizes import BATCH, TOKENS, WANTED, Size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.layout_axes import positional, symbols_in
@@ -28,7 +28,11 @@ aten = torch.ops.aten
 tw = torch.ops.tilewright
 # These compute row t of their result from row t of their packed operands: the verifier's rule ``tokens_not_mixed``.
 _ROW_WISE = (Flow.POINTWISE, Flow.LAST_AXIS, Flow.CONTRACT, Flow.LOOKUP, Flow.REDUCE, Flow.VIEW)
-_PER_SEQUENCE = Layout(LayoutKind.PER_SEQUENCE, 0)
+# What picks rows of a packed value: how many, and the layout of the result.
+_PICKS: dict[Any, tuple[Size, Layout]] = {
+    tw.first_rows.default: (BATCH, Layout(LayoutKind.PER_SEQUENCE, 0)),
+    tw.take_rows.default: (WANTED, Layout(LayoutKind.SELECTED, 0)),
+}
 
 
 @dataclass(frozen=True)
@@ -60,14 +64,24 @@ class SliceRows(Pass):
 
 @dataclass(frozen=True)
 class _Selection:
-    """Which rows: the op that picks one row of each sequence, and its operands besides the value."""
+    """Which rows: the op that picks them, and its operands besides the value."""
 
     target: Any
     args: tuple[Any, ...]
 
+    @property
+    def count(self) -> Size:
+        """Number of rows."""
+        return _PICKS[self.target][0]
+
+    def of(self, node: Node) -> TensorType:
+        """Type of these rows of a value."""
+        old = fact(node, TensorType)
+        return TensorType((self.count, *old.shape[1:]), old.dtype)
+
 
 def _selection_of(node: Node) -> _Selection | None:
-    return _Selection(node.target, tuple(node.args[1:])) if node.target is tw.first_rows.default else None
+    return _Selection(node.target, tuple(node.args[1:])) if node.target in _PICKS else None
 
 
 def _is_packed(node: Node) -> bool:
@@ -106,26 +120,34 @@ class _Slicer:
         self.sliced += 1
         if traits_of(node.target).flow is Flow.ATTENTION:
             self.attentions += 1
-            why = f"one query of each sequence, not all tokens: nothing but {selection.target} reads its result"
+            which = "one query of each sequence" if selection.count == BATCH else "queries of the wanted rows"
+            why = f"{which}, not all tokens: nothing but {selection.target} reads its result"
             self.reasons[made.name] = why
 
     def _sliced(self, node: Node, selection: _Selection) -> Node:
         """The op on the selected rows of its packed operands."""
-        type_ = _of_rows(node)
         if traits_of(node.target).flow is Flow.ATTENTION:
-            return self._call(node, node.target, self._attention(node, selection), {}, type_)
+            rewrite = self._over_pages if node.target is tw.attention_paged.default else self._attention
+            return self._call(node, node.target, rewrite(node, selection), {}, selection)
         rows = {arg: self._select(arg, selection) for arg in node.all_input_nodes if _is_packed(arg)}
         count = next(iter(rows.values()))
 
         def replaced(arg: Node) -> Node:
             size = find_fact(arg, SizeValue)
             if size is not None and size.value == TOKENS:
-                return self._size(node, aten.sym_size.int, (count, 0), SizeValue(BATCH))
+                return self._size(node, aten.sym_size.int, (count, 0), SizeValue(selection.count))
             return rows.get(arg, arg)
 
         given: tuple[Any, Any] = (node.args, node.kwargs)
         args, kwargs = torch.fx.node.map_arg(given, replaced)
-        return self._call(node, node.target, args, kwargs, type_)
+        return self._call(node, node.target, args, kwargs, selection)
+
+    def _over_pages(self, node: Node, selection: _Selection) -> tuple[Any, ...]:
+        """The wanted queries; all new keys go into their pages."""
+        q, k, v, keys, values, places, _, slots_q, *rest = positional(node)
+        _, cu_rows = selection.args
+        queries, slots = self._select(q, selection), self._select(slots_q, selection)
+        return (queries, k, v, keys, values, places, cu_rows, slots, *rest)
 
     def _attention(self, node: Node, selection: _Selection) -> tuple[Any, ...]:
         """One query of each sequence: their offsets count sequences, their slots are those of the selected rows."""
@@ -134,21 +156,23 @@ class _Slicer:
         batch = self._size(node, aten.sym_size.int, (queries, 0), SizeValue(BATCH))
         end = self._size(node, operator.add, (batch, 1), SizeValue(BATCH + 1))
         made = {"dtype": torch.int32, "device": torch.device("cpu"), "pin_memory": False}
-        type_ = TensorType((BATCH + 1,), torch.int32)
-        offsets = self._call(node, aten.arange.start_step, (0, end, 1), made, type_)
+        offsets = self._insert(node, aten.arange.start_step, (0, end, 1), made)
+        set_fact(offsets, TensorType((BATCH + 1,), torch.int32))
+        set_fact(offsets, Layout(LayoutKind.PER_SEQUENCE, 0))
         return (queries, k, v, offsets, key_start, seqlens_k, slots, slots_k, bias, sinks, 1, *rest)
 
     def _select(self, value: Node, selection: _Selection) -> Node:
         key = (value, selection)
         if key not in self._selected:
             args = (value, *selection.args)
-            self._selected[key] = self._call(value, selection.target, args, {}, _of_rows(value))
+            self._selected[key] = self._call(value, selection.target, args, {}, selection)
         return self._selected[key]
 
-    def _call(self, origin: Node, target: Any, args: Any, kwargs: dict[str, Any], type_: TensorType) -> Node:
+    def _call(self, origin: Node, target: Any, args: Any, kwargs: dict[str, Any], selection: _Selection) -> Node:
+        """A call that gives the selected rows of ``origin``."""
         made = self._insert(origin, target, args, kwargs)
-        set_fact(made, type_)
-        set_fact(made, _PER_SEQUENCE)
+        set_fact(made, selection.of(origin))
+        set_fact(made, _PICKS[selection.target][1])
         return made
 
     def _size(self, origin: Node, target: Any, args: Any, size: SizeValue) -> Node:
@@ -165,11 +189,6 @@ class _Slicer:
             made = self.graph.create_node("call_function", target, args, kwargs, name)
         copy_origin(origin, made, SliceRows.name)
         return made
-
-
-def _of_rows(node: Node) -> TensorType:
-    old = fact(node, TensorType)
-    return TensorType((BATCH, *old.shape[1:]), old.dtype)
 
 
 def _why_all_rows(node: Node, kinds_of_users: int) -> str | None:

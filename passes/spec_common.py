@@ -11,9 +11,9 @@ from tilewright.errors import TilewrightError
 from tilewright.ir.facts import Origin, SizeValue, TensorType, TupleType, find_fact
 from tilewright.ir.graph import Level, get_tensor, info
 from tilewright.ir.regions import Region
-from tilewright.ir.sizes import BATCH, SEQ, TOKENS
+from tilewright.ir.sizes import BATCH, SEQ, SYMBOLS
 from tilewright.passes.layout_axes import positional, symbols_in
-from tilewright.passes.rules import Rule, Violation, all_nodes, calls, graphs
+from tilewright.passes.rules import Rule, Violation, all_nodes, bodies, calls, graphs
 from tilewright.passes.spec_types import types_hold
 
 _OPS = {"placeholder", "get_attr", "call_function", "output"}
@@ -93,11 +93,26 @@ def _weights_resolve(gm: GraphModule) -> Iterator[Violation]:
                 yield Violation(node, f"its type is {type_}, the tensor is {tensor.dtype} {tuple(tensor.shape)}")
 
 
+def _states(gm: GraphModule) -> set[Node]:
+    """Placeholders that stand for memory of the caller, of the graph and of its regions."""
+    names = {spec.name for spec in info(gm).inputs if spec.state}
+    found = {node for node in gm.graph.nodes if node.op == "placeholder" and node.target in names}
+    for call, body in bodies(gm):
+        inside = (node for node in body.graph.nodes if node.op == "placeholder")
+        found |= {inner for inner, outer in zip(inside, call.args, strict=False) if outer in found}
+    return found
+
+
 def _functional(gm: GraphModule) -> Iterator[Violation]:
+    states = _states(gm)
     for node in calls(gm):
         schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            yield Violation(node, f"{node.target} writes to an operand")
+        if schema is None or not schema.is_mutable:
+            continue
+        for parameter, operand in zip(schema.arguments, positional(node), strict=False):
+            written = parameter.alias_info is not None and parameter.alias_info.is_write
+            if written and operand not in states:
+                yield Violation(node, f"{node.target} writes to '{operand}', which is no memory of the caller")
 
 
 def _no_random(gm: GraphModule) -> Iterator[Violation]:
@@ -122,7 +137,7 @@ def _no_dead_nodes(gm: GraphModule) -> Iterator[Violation]:
 
 def _known_symbols(gm: GraphModule) -> Iterator[Violation]:
     level = info(gm).level
-    known = {BATCH, SEQ, TOKENS} if level >= Level.PACKED else {BATCH, SEQ}
+    known = set(SYMBOLS) if level >= Level.PACKED else {BATCH, SEQ}
     for node in all_nodes(gm):
         unknown = symbols_in(_sizes(node)) - known
         if unknown:

@@ -32,6 +32,10 @@ def _row_indices(gm: GraphModule) -> list[Node]:
     return [node for node in calls(gm) if node.target is tw.pack_index.default]
 
 
+def _paged(gm: GraphModule) -> list[Node]:
+    return [node for node in calls(gm) if node.target is tw.attention_paged.default]
+
+
 def _is_packed(node: Node) -> bool:
     layout = find_fact(node, Layout)
     return layout is not None and layout.kind is LayoutKind.PACKED
@@ -49,7 +53,7 @@ def _one_row_index(gm: GraphModule) -> Iterator[Violation]:
 
 
 def _reason_when_padded(gm: GraphModule) -> Iterator[Violation]:
-    if not _row_indices(gm) and not info(gm).reasons.get("packing"):
+    if not _row_indices(gm) and not _paged(gm) and not info(gm).reasons.get("packing"):
         yield Violation(None, "the graph is padded and GraphInfo.reasons['packing'] is empty")
 
 
@@ -87,6 +91,24 @@ def _queries_placed(gm: GraphModule) -> Iterator[Violation]:
         picked = slots.target is tw.first_rows.default and _is_result(gm, slots.args[0], 1)
         if not (picked and offsets.target is aten.arange.start_step):
             yield Violation(node, f"its queries have offsets '{offsets.name}' and slots '{slots.name}'")
+
+
+def _pages_once(gm: GraphModule) -> Iterator[Violation]:
+    readers: Counter[Node] = Counter()
+    for node in _paged(gm):
+        for pages in positional(node)[3:5]:
+            readers[pages] += 1
+            if readers[pages] == 2:
+                yield Violation(node, f"'{pages.name}' are also the pages of another attention")
+
+
+def _step_given(gm: GraphModule) -> Iterator[Violation]:
+    for node in _paged(gm):
+        for position in (5, 6, 7, 8):
+            source = positional(node)[position]
+            picked = source.target is tw.take_rows.default and position == 7
+            if (source.args[0] if picked else source).op != "placeholder":
+                yield Violation(node, f"argument {position}, '{source.name}', is not what the step was told")
 
 
 def _gathered_once(gm: GraphModule) -> Iterator[Violation]:
@@ -158,6 +180,8 @@ PACKED = (
     Rule("reason_when_padded", "a graph that stays padded says why", _reason_when_padded),
     Rule("from_row_index", "offsets and indices are results of the row index", _from_row_index),
     Rule("queries_placed", "queries are all rows of the row index, or one selected row of each", _queries_placed),
+    Rule("pages_once", "each attention has pages of its own", _pages_once),
+    Rule("step_given", "places, offsets, slots and tables of attention over pages are inputs", _step_given),
     Rule("tokens_first", "packed values, and no others, have T, as their first axis", _tokens_first),
     Rule("gathered_once", "a value is gathered once", _gathered_once),
     Rule("scattered_once", "a value is scattered once", _scattered_once),

@@ -5,7 +5,15 @@ from collections.abc import Iterator
 from torch.fx import GraphModule, Node
 
 from tilewright.ir.facts import TensorType, fact, find_fact
-from tilewright.ir.regions import ATTENTION_VARIANTS, GEMM_VARIANTS, Anchor, AttentionTable, GemmTable, Region
+from tilewright.ir.regions import (
+    ATTENTION_VARIANTS,
+    GEMM_VARIANTS,
+    PAGED_VARIANTS,
+    Anchor,
+    AttentionTable,
+    GemmTable,
+    Region,
+)
 from tilewright.ir.sizes import product
 from tilewright.ir.views import same_size
 from tilewright.ops import Flow, traits_of
@@ -73,7 +81,7 @@ def _bounds_positive(gm: GraphModule) -> Iterator[Violation]:
 
 def _variants_known(gm: GraphModule) -> Iterator[Violation]:
     for call, table in _tables(gm):
-        known = GEMM_VARIANTS if isinstance(table, GemmTable) else ATTENTION_VARIANTS
+        known = GEMM_VARIANTS if isinstance(table, GemmTable) else (*ATTENTION_VARIANTS, *PAGED_VARIANTS)
         for _, variant in table.entries:
             if variant not in known:
                 yield Violation(call, f"variant {variant!r} is not one of {', '.join(known)}")

@@ -14,11 +14,14 @@ from torch.fx import GraphModule, Node
 
 from tilewright.ir.facts import SizeValue, TensorType, TupleType, fact, find_fact
 from tilewright.ir.graph import info
-from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size
+from tilewright.ir.sizes import BATCH, PAGES, SEQ, TABLE, TOKENS, WANTED, Size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.rules import Violation, bodies, graphs
 
-_WANTED = ({BATCH: 3, SEQ: 5, TOKENS: 11}, {BATCH: 4, SEQ: 7, TOKENS: 19})
+_TRIED = (
+    {BATCH: 3, SEQ: 5, TOKENS: 11, WANTED: 6, TABLE: 13, PAGES: 29},
+    {BATCH: 4, SEQ: 7, TOKENS: 19, WANTED: 9, TABLE: 17, PAGES: 37},
+)
 Sizes = tuple[tuple[sympy.Symbol, int], ...]
 # Verdicts by what a check can see of a call: a graph is checked after every pass, and most calls stay as they were.
 _verdicts: dict[Any, str | None] = {}
@@ -49,7 +52,7 @@ def _assignments(gm: GraphModule) -> tuple[Sizes, ...]:
     """The two sets of sizes, brought inside the graph's bounds."""
     bounds = info(gm).bounds
     result = []
-    for slack, wanted in zip((1, 0), _WANTED, strict=True):
+    for slack, wanted in zip((1, 0), _TRIED, strict=True):
         sizes = {}
         for symbol, value in wanted.items():
             low, high, _ = bounds.get(symbol, (1, None, ""))

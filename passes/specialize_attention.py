@@ -51,8 +51,11 @@ class SpecializeAttention(Pass):
             if region is None or region.anchor is not Anchor.ATTENTION:
                 continue
             anchor = attention_of(gm.get_submodule(str(node.target)))  # type: ignore[arg-type]
-            entries, measured = self._entries(attention_key(anchor))
             length = key_length(anchor)
+            if over_pages(anchor):
+                set_fact(node, AttentionTable(length, ((None, "paged"),)))
+                continue
+            entries, measured = self._entries(attention_key(anchor))
             if isinstance(length, int):
                 entries = _only(entries, length)
             set_fact(node, AttentionTable(length, entries, measured))
@@ -94,9 +97,16 @@ def _arguments(anchor: Node) -> dict[str, object]:
     return dict(zip(names, anchor.args, strict=True))
 
 
+def over_pages(anchor: Node) -> bool:
+    """Whether an attention reads its keys from pages."""
+    return "page_table" in _arguments(anchor)
+
+
 def key_length(anchor: Node) -> Size:
-    """Bound of the keys of one sequence."""
+    """Bound of the keys of one sequence; over pages, the number of new ones."""
     given = _arguments(anchor)
+    if "page_table" in given:
+        return fact(given["k"], TensorType).shape[0]  # type: ignore[arg-type]
     if "max_seqlen_k" not in given:
         return fact(given["k"], TensorType).shape[2]  # type: ignore[arg-type]
     length = given["max_seqlen_k"]

@@ -255,6 +255,12 @@ def _first_rows(node: Node) -> list[OperandRead]:
     return [OperandRead(x, (LOOKED_UP, *tail)), OperandRead(cu_seqlens, (MOVED,))]
 
 
+def _take_rows(node: Node) -> list[OperandRead]:
+    x, rows, _ = _operands(node)
+    tail = (same(axis) for axis in range(1, len(_shape(x))))
+    return [OperandRead(x, (LOOKED_UP, *tail)), OperandRead(rows, (same(0),))]
+
+
 _Rule = Callable[[Node], list[OperandRead]]
 _BY_FLOW: dict[Flow, _Rule] = {
     Flow.POINTWISE: _pointwise,
@@ -275,4 +281,5 @@ _BY_TARGET: dict[Any, _Rule] = {
     packing.gather_rows.default: _gather_rows,
     packing.scatter_rows.default: _scatter_rows,
     packing.first_rows.default: _first_rows,
+    packing.take_rows.default: _take_rows,
 }

@@ -77,7 +77,8 @@ def _check_step(
     if unwritten := [names[value] for value in step.reads if value not in written]:
         raise _broken(where, f"it reads '{unwritten[0]}', which no step before it writes")
     fixed = (Storage.INPUT, Storage.WEIGHT)
-    if kept := [names[value] for value in step.writes if spec.values[value].storage in fixed]:
+    values = (spec.values[value] for value in step.writes)
+    if kept := [value.name for value in values if value.storage in fixed and not value.state]:
         raise _broken(where, f"it writes '{kept[0]}', which is an input or a weight")
     declared = {*step.reads, *step.writes}
     if hidden := [names[view.value] for view in _views(step) if view.value not in declared]:

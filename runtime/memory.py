@@ -23,7 +23,7 @@ ALIGNMENT = 64
 
 _PAGE = 4096
 # What sizes are compared at while planning: a batch of middling size, half of it padding.
-_TYPICAL = {"B": 8, "S": 128, "T": 512}
+_TYPICAL = {"B": 8, "S": 128, "T": 512, "R": 8, "P": 16, "N": 512}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from tilewright import settings
 from tilewright.errors import InputError, TilewrightError
 from tilewright.ir.kernels import BuiltKernel, KernelSource
 from tilewright.ir.program import ProgramSpec, ReadTokens, Step, Storage
-from tilewright.ir.sizes import product
+from tilewright.ir.sizes import TOKENS, product
 from tilewright.runtime.bound import Bound, Call, Launcher, Workspace
 from tilewright.runtime.check import check_spec
 from tilewright.runtime.memory import Lifetime, MemoryPlan, touched
@@ -31,6 +31,7 @@ class _Input:
     value: int
     dtype: torch.dtype
     rank: int
+    state: bool
 
 
 class Program:
@@ -66,10 +67,12 @@ class Program:
         self._weights = {v.index: weights[str(v.source)] for v in spec.values if v.storage is Storage.WEIGHT}
         check_spec(spec, self._weights, kernels)
         self._bind = sorted(spec.bind, key=lambda bound: spec.symbols.index(bound[0]))
+        symbols = [symbol for symbol, _, _ in self._bind]
+        self._rows = symbols.index(TOKENS) if TOKENS in symbols else None
         self._reads = tuple(step for step in spec.steps if isinstance(step, ReadTokens))
         self._phases = _make_phases(spec, self._weights, kernels)
         self._inputs = tuple(
-            _Input(int(value.source or 0), value.name, value.index, value.dtype, len(value.shape))
+            _Input(int(value.source or 0), value.name, value.index, value.dtype, len(value.shape), value.state)
             for value in spec.values
             if value.storage is Storage.INPUT
         )
@@ -157,7 +160,8 @@ class Program:
 
     def _run_phases(self, call: Call, workspace: Workspace, sizes: tuple[int, ...]) -> None:
         bound: Bound | None = None
-        call.counts.rows_computed = call.counts.rows_padded = math.prod(sizes)
+        rows = sizes[self._rows] if self._rows is not None else math.prod(sizes)
+        call.counts.rows_computed = call.counts.rows_padded = rows
         for index in range(len(self._phases)):
             bound = workspace.bind(index, sizes, bound)
             if index == 0:
@@ -208,7 +212,15 @@ class Program:
                     hint=f"pass a contiguous CPU tensor of dtype {given.dtype} with {given.rank} dimensions",
                 )
             # Kernels may rely on 16 bytes; a slice of a larger tensor begins anywhere.
-            tensors[given.value] = tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+            if tensor.data_ptr() % ALIGNMENT:
+                if given.state:
+                    raise InputError(
+                        f"input '{given.name}' does not fit the program",
+                        why=f"it is written to, and does not begin at a multiple of {ALIGNMENT} bytes",
+                        hint="pass a whole tensor",
+                    )
+                tensor = tensor.clone()
+            tensors[given.value] = tensor
         return tensors
 
     def _check_shapes(self, call: Call, bound: Bound) -> None:

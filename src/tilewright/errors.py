@@ -88,6 +88,10 @@ class PackingRefused(TilewrightError):
     """Padding removal is not legal for this model and ``unpad="on"`` was asked for."""
 
 
+class CacheRefused(TilewrightError):
+    """A model cannot go on from a cache of keys and values, so it cannot generate token by token."""
+
+
 class UnsupportedOp(TilewrightError):
     """A Triton operation that the selected target cannot run; raised when the kernel is compiled."""
 

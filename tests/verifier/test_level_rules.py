@@ -12,10 +12,10 @@ from verifier.broken import body, first, insert, output, region, return_also, re
 from verifier.test_common_rules import check
 
 from tilewright.ir.facts import Origin, TensorType, TupleType, drop_fact, fact, set_fact
-from tilewright.ir.graph import Level, update_info
+from tilewright.ir.graph import InputSpec, Level, info, update_info
 from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.regions import Anchor, AttentionTable, GemmTable, Placement, Region, RegionTag
-from tilewright.ir.sizes import BATCH, SEQ, TOKENS
+from tilewright.ir.sizes import BATCH, PAGES, SEQ, TABLE, TOKENS
 from tilewright.passes.spec_common import COMMON
 from tilewright.passes.verify import SPECS
 
@@ -193,6 +193,40 @@ def _(gm: GraphModule) -> Node:
     attention = first(gm, tw.attention_packed.default)
     attention.update_arg(3, attention.args[4])
     return attention
+
+
+def _paged(gm: GraphModule) -> Node:
+    """One more output: attention over pages that are inputs of their own."""
+    kind = type_of(first(gm, aten.layer_norm.default)).dtype
+    i32, slots = torch.int32, first(gm, tw.attention_packed.default).args[6]
+    keys = (("keys", (PAGES, 1, 8, 24)), ("values", (PAGES, 1, 8, 24)))
+    told = (("places", (TOKENS,)), ("cu_rows", (BATCH + 1,)), ("page_table", (BATCH, TABLE)))
+    made = {}
+    for name, shape in (*keys, *told):
+        dtype = kind if (name, shape) in keys else i32
+        with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+            made[name] = gm.graph.placeholder(name)
+        set_fact(made[name], TensorType(shape, dtype))
+        set_fact(made[name], Origin("test.py:1"))
+        set_fact(made[name], PACKED if shape == (TOKENS,) else Layout(LayoutKind.FREE))
+        spec = InputSpec(name, dtype, shape, state=(name, shape) in keys)
+        update_info(gm, inputs=(spec, *info(gm).inputs))
+    x = first(gm, aten.layer_norm.default)
+    heads = insert(gm, aten.unsqueeze.default, (x, 1), TensorType((TOKENS, 1, 24), kind), PACKED)
+    pages = (made["keys"], made["values"])
+    args = (heads, heads, heads, *pages, made["places"], made["cu_rows"], slots, made["page_table"], None, 1.0, -1, 0.0)
+    return insert(gm, tw.attention_paged.default, args, TensorType((TOKENS, 1, 24), kind), PACKED)
+
+
+@breaks("step_given", Level.PACKED)
+def _(gm: GraphModule) -> Node:
+    return return_also(gm, _paged(gm))  # its slots are those of the row index
+
+
+@breaks("pages_once", Level.PACKED)
+def _(gm: GraphModule) -> Node:
+    one = _paged(gm)
+    return return_also(gm, insert(gm, one.target, (one, *one.args[1:]), type_of(one), PACKED))
 
 
 @breaks("first_column_kept", Level.PACKED)

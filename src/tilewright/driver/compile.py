@@ -26,6 +26,7 @@ from tilewright.ir.kernels import KernelSource
 from tilewright.ir.measurements import Measurements
 from tilewright.ir.program import KernelStep, ProgramSpec, VendorLinear
 from tilewright.models.capture import check_model
+from tilewright.passes.add_cache import AddCache
 from tilewright.passes.base import Observer, PassRecord
 from tilewright.passes.observe import ArtifactWriter
 from tilewright.passes.pipeline import pipeline, run_pipeline
@@ -115,6 +116,7 @@ def compile_graph(
     *,
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
+    cache: AddCache | None = None,
 ) -> CompiledGraph:
     """Compiles a graph at level exported.
 
@@ -123,12 +125,13 @@ def compile_graph(
         options: as of ``compile``.
         observers: see the graph around every pass.
         progress: called before each kernel build.
+        cache: makes the graph one step of generation.
     """
     overrides = {"cache_dir": options.cache_dir} if options.cache_dir else {}
     with settings.scope(**overrides):
         dump_dir = settings.get("dump_dir")
         watching = [*observers, *([ArtifactWriter(dump_dir)] if dump_dir else [])]
-        gm, records = _run_passes(gm, options, watching, progress)
+        gm, records = _run_passes(gm, options, watching, progress, cache)
         stats = Stats(compilations=1)
         if options.opt_level == 0:
             return CompiledGraph(gm, records, None, None, stats)
@@ -137,11 +140,15 @@ def compile_graph(
 
 
 def _run_passes(
-    gm: GraphModule, options: CompileOptions, observers: Sequence[Observer], progress: Progress | None
+    gm: GraphModule,
+    options: CompileOptions,
+    observers: Sequence[Observer],
+    progress: Progress | None,
+    cache: AddCache | None,
 ) -> tuple[GraphModule, tuple[PassRecord, ...]]:
     """The pipeline; its last passes choose by measurements, and what to measure is known once regions are."""
     passes = pipeline(
-        options.opt_level, options.unpad, options.gemm, quantize=options.quantized, without=options.without
+        options.opt_level, options.unpad, options.gemm, quantize=options.quantized, without=options.without, cache=cache
     )
     front = [each for each in passes if each.requires < Level.FUSED]
     gm, records = run_pipeline(gm, front, observers)
@@ -152,7 +159,13 @@ def _run_passes(
         found = measurements_for(gm, options.opt_level, _compile_specialized, progress)
     found = replace(found, attention=attention_timings(gm, options.opt_level, compile_attention, progress))
     passes = pipeline(
-        options.opt_level, options.unpad, options.gemm, found, quantize=options.quantized, without=options.without
+        options.opt_level,
+        options.unpad,
+        options.gemm,
+        found,
+        quantize=options.quantized,
+        without=options.without,
+        cache=cache,
     )
     gm, more = run_pipeline(gm, passes[len(front) :], observers, first=len(front) + 1)
     return gm, records + more

@@ -63,7 +63,8 @@ def round_results(gm: GraphModule, precision: Precision) -> None:
         gm: as captured; changed in place. The conversions are ops of the graph, so they are saved with it.
         precision: of the model it was captured from.
     """
-    if precision.results is None:
+    wanted = precision.results
+    if wanted is None:
         return
     rewriter = Rewriter(gm, "precision")
     output = next(node for node in gm.graph.nodes if node.op == "output")
@@ -72,7 +73,7 @@ def round_results(gm: GraphModule, precision: Precision) -> None:
         kind = fact(value, TensorType)
         if kind.dtype != torch.float32:
             return value
-        return rewriter.call(output, CONVERT, value, precision.results, type=replace(kind, dtype=precision.results))
+        return rewriter.call(output, CONVERT, value, wanted, type=replace(kind, dtype=wanted))
 
     output.args = torch.fx.node.map_arg(output.args, rounded)
     gm.recompile()

@@ -17,7 +17,7 @@ from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, set_inf
 from tilewright.ir.measurements import AttentionKey
 from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, Region
 from tilewright.ir.sizes import BATCH, SEQ, Size
-from tilewright.passes.specialize_attention import attention_key, attention_of
+from tilewright.passes.specialize_attention import attention_key, attention_of, over_pages
 from tilewright.runtime.measure import Make, measure_variants
 
 Compile = Callable[[GraphModule, str], Callable[..., Any]]
@@ -48,7 +48,8 @@ def attention_timings(
         return {}
     regions = [node for node in gm.graph.nodes if (fact := find_fact(node, Region)) and fact.anchor is Anchor.ATTENTION]
     bodies = [gm.get_submodule(str(node.target)) for node in regions]
-    keys = list(dict.fromkeys(attention_key(attention_of(body)) for body in bodies if isinstance(body, GraphModule)))
+    anchors = [attention_of(body) for body in bodies if isinstance(body, GraphModule)]
+    keys = list(dict.fromkeys(attention_key(anchor) for anchor in anchors if not over_pages(anchor)))
     found = {}
     for done, key in enumerate(keys):
         if progress is not None:

@@ -16,6 +16,7 @@ class LayoutKind(Enum):
     PADDED = "padded"  # depends on the batch; stored at every place, pads included
     PACKED = "packed"  # one row per kept token, T first
     PER_SEQUENCE = "per_sequence"  # one entry per sequence
+    SELECTED = "selected"  # some packed rows, those whose results are wanted
     FREE = "free"  # does not depend on the batch: weights, constants, column indices
 
 

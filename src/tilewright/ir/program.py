@@ -37,6 +37,7 @@ class Value:
         storage: where it lives.
         dtype: element type.
         shape: sizes; may use B, S, T.
+        state: an INPUT that steps write to: memory of the caller, such as pages of keys.
         source: INPUT: position among the inputs of the program. WEIGHT: key in ``ProgramSpec.weights``.
     """
 
@@ -46,6 +47,7 @@ class Value:
     dtype: torch.dtype
     shape: tuple[Size, ...]
     source: int | str | None = None
+    state: bool = False
 
 
 @dataclass(frozen=True)

@@ -106,13 +106,18 @@ online softmax, for 32 queries or for 16; all keys in one tile; two grouped prod
 """
 
 
+PAGED_VARIANTS = ("paged",)
+"""How attention over pages can be run."""
+
+
 @dataclass(frozen=True)
 class AttentionTable:
     """Fact on an attention region from the specialized level on: a variant for every padded length, once.
 
     Attributes:
-        length: bound of the keys of a sequence, which the table is indexed by.
-        entries: (inclusive upper bound, variant of ``ATTENTION_VARIANTS``) in rising order; the last bound is None.
+        length: bound of the keys of a sequence, which the table is indexed by; over pages, the number of new tokens.
+        entries: (inclusive upper bound, variant of ``ATTENTION_VARIANTS`` or, over pages, ``PAGED_VARIANTS``) in rising
+            order; the last bound is None.
         measured: True when the bounds come from measurements, False when from the default rule.
     """
 

@@ -5,9 +5,9 @@ import ast
 import sympy
 
 from tilewright.errors import ArtifactError
-from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size
+from tilewright.ir.sizes import SYMBOLS, Size
 
-_SYMBOLS = {str(symbol): symbol for symbol in (BATCH, SEQ, TOKENS)}
+_SYMBOLS = {str(symbol): symbol for symbol in SYMBOLS}
 _FUNCTIONS = {"floor": sympy.floor, "Max": sympy.Max, "Min": sympy.Min}
 
 
@@ -20,7 +20,7 @@ def size_from_text(text: int | str) -> Size:
     """Reads what ``size_to_text`` wrote.
 
     Raises:
-        ArtifactError: the text is anything but integers, B, S, T, ``+ - * / **``, floor, Max and Min.
+        ArtifactError: the text is anything but integers, known symbols, ``+ - * / **``, floor, Max and Min.
     """
     if isinstance(text, int):
         return text

@@ -1,5 +1,7 @@
 """Sizes as sympy expressions over the symbols of one graph: batch B, padded length S, tokens T.
 
+A graph with a cache of keys also has rows R whose results are wanted, the width P of its page table and N pages.
+
 Shapes, strides, offsets and grids are all written in these; a run evaluates them once per call.
 """
 
@@ -14,6 +16,10 @@ Size: TypeAlias = sympy.Expr | int
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 SEQ = sympy.Symbol("S", integer=True, positive=True)
 TOKENS = sympy.Symbol("T", integer=True, positive=True)
+WANTED = sympy.Symbol("R", integer=True, positive=True)
+TABLE = sympy.Symbol("P", integer=True, positive=True)
+PAGES = sympy.Symbol("N", integer=True, positive=True)
+SYMBOLS = (BATCH, SEQ, TOKENS, WANTED, TABLE, PAGES)
 
 
 def product(sizes: Iterable[Size]) -> Size:

@@ -36,7 +36,7 @@ def _allowed(sq: int, sk: int, causal: bool, left: int, right: int, device: torc
     return allowed
 
 
-def _attend(
+def attend_reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -103,7 +103,7 @@ def attention_reference(
         keys = (valid != 0)[:, None, None, :]
         allowed = keys if allowed is None else allowed & keys
         k = torch.where(keys.transpose(-1, -2), k, torch.zeros_like(k))
-    return _attend(q, k, v, allowed, bias, sinks, scale, softcap).transpose(1, 2).contiguous()
+    return attend_reference(q, k, v, allowed, bias, sinks, scale, softcap).transpose(1, 2).contiguous()
 
 
 attention = torch.library.custom_op("tilewright::attention", attention_reference, mutates_args=())

@@ -1,0 +1,274 @@
+"""Attention over pages of keys and values: new keys go into their pages, then queries run over all pages they see.
+
+A program computes the query heads that share a head of keys, for a block of queries: a row of its tile is one query in
+one head. So keys are read once for the whole group, and decoding, with one query a sequence, has as many rows as the
+group has heads. Scores are [keys, rows], to base 2, with an online softmax over pages, as in ``attention_online``.
+"""
+
+import torch
+from torch.fx import Node
+
+from tilewright.codegen.attention_tile import LEAST_DOT, LOG2_E
+from tilewright.codegen.columns import define_columns, next_power_of_2
+from tilewright.codegen.emit_gemm import dot
+from tilewright.codegen.evaluate import Evaluator
+from tilewright.codegen.index import Index, linear, reshape, same_count, variable, without_ones
+from tilewright.codegen.kernel_text import finish
+from tilewright.codegen.nodes import arguments, compute_dtype, literal
+from tilewright.codegen.region_call import Inputs, RegionCall
+from tilewright.codegen.results import needed_nodes, peel, store
+from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register, Var
+from tilewright.errors import CodegenError
+from tilewright.ir.facts import TensorType, fact, where
+from tilewright.ir.program import KernelStep, View
+from tilewright.ir.sizes import ceil_div, contiguous_strides
+
+_ROWS = 16
+_NEW_ROWS = 8
+_NAMES = (
+    *("tile", "kv_head", "sequence", "lanes", "lane_mask", "query", "head", "d", "dv", "columns", "query_columns"),
+    *("column_mask", "turned", "first_seen", "last_query", "key_last", "page", "key_slots", "keys", "values", "scores"),
+    *("peak", "new_peak", "shift", "weights", "fade", "total", "acc", "attention", "rows", "row_mask", "place"),
+    *("allowed", "query_slots", "first_query", "end_query"),
+)
+
+
+def emit_paged(
+    call: RegionCall, inputs: Inputs, results: list[tuple[Node, View]], anchor: Node
+) -> tuple[KernelStep, ...]:
+    """The steps: one that fills pages, one that attends.
+
+    Raises:
+        CodegenError: the pages' size or the heads are not fixed, or an epilogue does not follow the tiles.
+    """
+    problem = _Problem(call, inputs, results, anchor)
+    return _append(problem), _attend(problem)
+
+
+class _Problem:
+    """What one attention over pages asks for, read off its node once."""
+
+    def __init__(self, call: RegionCall, inputs: Inputs, results: list[tuple[Node, View]], anchor: Node) -> None:
+        self.call, self.inputs, self.results, self.anchor = call, inputs, results, anchor
+        self.given = arguments(anchor)
+        query, pages, values = (fact(self.given[name], TensorType) for name in ("q", "key_pages", "value_pages"))
+        fixed = (query.shape[1], *pages.shape[1:], values.shape[3])
+        if not all(isinstance(size, int) for size in fixed):
+            raise CodegenError("attention over pages needs fixed heads and sizes", where=where(anchor))
+        self.heads, self.kv_heads, self.slots, self.size, self.value_size = map(int, fixed)
+        self.group = self.heads // self.kv_heads
+        self.queries, self.tokens = query.shape[0], fact(self.given["k"], TensorType).shape[0]
+        self.batch = fact(self.given["page_table"], TensorType).shape[0]
+        self.dtype, self.pages_dtype = query.dtype, pages.dtype
+        self.compute = compute_dtype(self.dtype)
+        self.kind = TL_TYPES[self.compute]
+
+    def kernel(self) -> tuple[KernelWriter, Evaluator]:
+        """A kernel to write."""
+        writer = KernelWriter(2)
+        writer.reserve(*_NAMES)
+        return writer, Evaluator(self.call.graph, writer, self.inputs)
+
+    def head_axis(self, writer: KernelWriter, size: int) -> Index:
+        """The variable along axis 1 over the size of a head; equal sizes have one."""
+        name = writer.column_names.setdefault(size, "dv" if writer.column_names else "d")
+        if name in writer.variables:
+            return variable(name, size)
+        return define_columns(writer, name, size, max(LEAST_DOT, next_power_of_2(size)))
+
+    def pages(self, writer: KernelWriter, name: str) -> str:
+        """Pointer to the pages of keys or of values."""
+        view, dtype = self.inputs[self.given[name]]
+        return writer.pointer(view, dtype, name)
+
+
+def _append(problem: _Problem) -> KernelStep:
+    writer, evaluator = problem.kernel()
+    writer.constants["BLOCK_M"] = _NEW_ROWS
+    writer.statement("rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]")
+    writer.statement(f"row_mask = rows < {writer.size(problem.tokens)}")
+    row = writer.define(Var("rows", problem.tokens, 0, "BLOCK_M", "row_mask"))
+    writer.statement("head = tl.program_id(1)")
+    head = writer.define(Var("head", problem.kv_heads))
+    place = evaluator.convert(evaluator.value(problem.given["places"], (row,)), torch.int64).text
+    slots, heads = problem.slots, problem.kv_heads
+    writer.statement(f"place = ({place} // {slots} * {heads} + head) * {slots} + {place} % {slots}")
+    written = []
+    for new, pages, size in (("k", "key_pages", problem.size), ("v", "value_pages", problem.value_size)):
+        column = problem.head_axis(writer, size)
+        value = evaluator.number(problem.given[new], (row, head, column), problem.compute)
+        mask = writer.mask(row.deps | column.deps)
+        address = f"{problem.pages(writer, pages)} + place * {size} + {writer.index_text(column)}"
+        rounded = evaluator.convert(value, problem.pages_dtype)
+        writer.statement(f"tl.store({address}, {rounded.text}, mask={mask})")
+        written.append(problem.inputs[problem.given[pages]][0])
+    return finish(
+        writer,
+        family="append",
+        summary=f"Puts new keys and values into pages of {slots} slots. A program has some tokens of one head.",
+        nodes=[problem.anchor],
+        variables=dict(evaluator.used),
+        grid=(ceil_div(problem.tokens, _NEW_ROWS), heads, 1),
+        writes=written,
+    )
+
+
+def _attend(problem: _Problem) -> KernelStep:
+    writer, evaluator = problem.kernel()
+    given, group = problem.given, problem.group
+    writer.constants.update(BLOCK_M=_ROWS, PAGE=problem.slots)
+    writer.statement("tile = tl.program_id(0) * BLOCK_M")
+    writer.statement("kv_head = tl.program_id(1)")
+    writer.statement("sequence = tl.program_id(2).to(tl.int64)")
+    sequence = writer.define(Var("sequence", problem.batch))
+    begin = evaluator.value(given["cu_seqlens_q"], (sequence,)).text
+    end = evaluator.value(given["cu_seqlens_q"], (sequence + 1,)).text
+    with writer.block(f"if {begin} * {group} + tile < {end} * {group}:"):
+        query, head = _rows(problem, writer, begin, end)
+        query_slots = _queries(problem, writer, evaluator, query, head, begin, end)
+        _start(problem, writer, evaluator, head)
+        with writer.block("for start in range(first_seen, key_last, PAGE):"):
+            _visit_page(problem, writer, evaluator, sequence, query_slots)
+        writer.statement("attention = acc / tl.trans(tl.where(total == 0.0, 1.0, total))")
+        _store(problem, writer, evaluator, query, head)
+    shape = ", ".join(map(str, fact(problem.anchor, TensorType).shape))
+    return finish(
+        writer,
+        family="attention",
+        summary=f"Attention -> [{shape}] over pages. A program has {_ROWS} queries in heads that share keys.",
+        nodes=needed_nodes([node for node, _ in problem.results], problem.inputs),
+        variables={**evaluator.used, problem.anchor: "attention"},
+        grid=(ceil_div(problem.queries * group, _ROWS), problem.kv_heads, problem.batch),
+        writes=[view for _, view in problem.results],
+        num_stages=2,
+    )
+
+
+def _rows(problem: _Problem, writer: KernelWriter, begin: str, end: str) -> tuple[Index, Index]:
+    """The variables of the tile's queries and heads, both along axis 0."""
+    group = problem.group
+    writer.statement("lanes = tile + tl.arange(0, BLOCK_M)[:, None]")
+    writer.statement(f"query = {begin}.to(tl.int64) + lanes // {group}")
+    writer.statement(f"head = kv_head * {group} + lanes % {group}")
+    writer.statement(f"lane_mask = query < {end}")
+    query = writer.define(Var("query", problem.queries, 0, "BLOCK_M", "lane_mask"))
+    return query, writer.define(Var("head", problem.heads, 0, "BLOCK_M", "lane_mask"))
+
+
+def _queries(
+    problem: _Problem, writer: KernelWriter, evaluator: Evaluator, query: Index, head: Index, begin: str, end: str
+) -> str:
+    """Writes the tile of queries as the scores want it and the range of keys; returns the queries' slots' text."""
+    given, group = problem.given, problem.group
+    column = problem.head_axis(writer, problem.size)
+    q = evaluator.raw(given["q"], (query, head, column), problem.dtype)
+    scaled = f" * {literal(_factor(problem))}" if problem.dtype == problem.compute else ""
+    writer.statement(f"turned = tl.trans({q.text}{scaled})")
+    writer.statement(f"query_columns = {begin}.to(tl.int64) + (tile + tl.arange(0, BLOCK_M)[None, :]) // {group}")
+    writer.statement(f"column_mask = query_columns < {end}")
+    columns = writer.define(Var("query_columns", problem.queries, 1, "BLOCK_M", "column_mask"))
+    slots = evaluator.value(given["slots_q"], (columns,)).text
+    writer.statement(f"end_query = tl.minimum({end}, {begin} + (tile + BLOCK_M - 1) // {group} + 1) - 1")
+    last = writer.define(Var("end_query", problem.queries))
+    writer.statement(f"key_last = {evaluator.value(given['slots_q'], (last,)).text} + 1")
+    if given["window_left"] >= 0:
+        writer.statement(f"first_query = {begin} + tile // {group}")
+        first = writer.define(Var("first_query", problem.queries))
+        least = f"{evaluator.value(given['slots_q'], (first,)).text} - {given['window_left']}"
+        writer.statement(f"first_seen = tl.maximum(0, {least}) // PAGE * PAGE")
+    else:
+        writer.statement("first_seen = 0")
+    return slots
+
+
+def _factor(problem: _Problem) -> float:
+    scale, cap = float(problem.given["scale"]), float(problem.given["softcap"])
+    return scale / cap if cap > 0.0 else scale * LOG2_E
+
+
+def _start(problem: _Problem, writer: KernelWriter, evaluator: Evaluator, head: Index) -> None:
+    """Running maximum, sum and result; every query has seen the sink."""
+    kind = problem.kind
+    if isinstance(problem.given["sinks"], Node):
+        writer.statement(
+            f"columns = kv_head * {problem.group} + (tile + tl.arange(0, BLOCK_M)[None, :]) % {problem.group}"
+        )
+        heads = writer.define(Var("columns", problem.heads, 1, "BLOCK_M", "column_mask"))
+        sink = evaluator.number(problem.given["sinks"], (heads,), problem.compute)
+        writer.statement(f"peak = {sink.text} * {LOG2_E}")
+        writer.statement(f'total = tl.where(peak == float("-inf"), 0.0, 1.0).to({kind})')
+    else:
+        writer.statement(f'peak = tl.full([1, BLOCK_M], float("-inf"), {kind})')
+        writer.statement(f"total = tl.zeros([1, BLOCK_M], {kind})")
+    block = f"BLOCK_{writer.column_names.get(problem.value_size, 'dv').upper()}"
+    problem.head_axis(writer, problem.value_size)
+    writer.statement(f"acc = tl.zeros([BLOCK_M, {block}], {kind})")
+
+
+def _visit_page(
+    problem: _Problem, writer: KernelWriter, evaluator: Evaluator, sequence: Index, query_slots: str
+) -> None:
+    given, dtype = problem.given, problem.dtype
+    table, kind = problem.inputs[given["page_table"]]
+    width = writer.size(table.strides[0])
+    entry = f"{writer.pointer(table, kind, 'page_table')} + sequence * {width} + start // PAGE"
+    writer.statement(f"page = (tl.load({entry}).to(tl.int64) * {problem.kv_heads} + kv_head) * PAGE")
+    writer.statement("key_slots = start + tl.arange(0, PAGE)[:, None]")
+    keys = _page(problem, writer, "key_pages", problem.size, None)
+    values = _page(problem, writer, "value_pages", problem.value_size, "key_slots < key_last")
+    writer.statement(f"scores = {dot(keys, 'turned', None, dtype)}")
+    if dtype != problem.compute:
+        writer.statement(f"scores = scores * {literal(_factor(problem))}")
+    if float(given["softcap"]) > 0.0:
+        writer.statement(f"scores = tanh(scores) * {literal(float(given['softcap']) * LOG2_E)}")
+    allowed = f"key_slots <= {query_slots}"
+    if given["window_left"] >= 0:
+        allowed = f"({allowed}) & (key_slots >= {query_slots} - {given['window_left']})"
+    cast = "" if dtype == problem.compute else f".to({TL_TYPES[dtype]})"
+    for line in (
+        f'scores = tl.where({allowed}, scores, float("-inf"))',
+        "new_peak = tl.maximum(peak, tl.max(scores, 0, keep_dims=True))",
+        # A query that has seen no key yet has peak -inf, and -inf - -inf is no number.
+        'shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)',
+        "weights = tl.exp2(scores - shift)",
+        "fade = tl.exp2(peak - shift)",
+        "total = total * fade + tl.sum(weights, 0, keep_dims=True)",
+        f"acc = {dot(f'tl.trans(weights{cast})', values, 'acc * tl.trans(fade)', dtype)}",
+        "peak = new_peak",
+    ):
+        writer.statement(line)
+
+
+def _page(problem: _Problem, writer: KernelWriter, name: str, size: int, inside: str | None) -> str:
+    """Text of a page's tile [PAGE, size] in the type of the products; slots that hold nothing yet are 0 if asked."""
+    column = problem.head_axis(writer, size)
+    address = (
+        f"{problem.pages(writer, name)} + (page + tl.arange(0, PAGE)[:, None]) * {size} + {writer.index_text(column)}"
+    )
+    masks = [mask for mask in (inside, writer.mask(column.deps)) if mask]
+    mask = f", mask={' & '.join(f'({m})' for m in masks)}, other=0.0" if masks else ""
+    widen = "" if problem.pages_dtype == problem.dtype else f".to({TL_TYPES[problem.dtype]})"
+    short = "keys" if name == "key_pages" else "values"
+    writer.statement(f"{short} = tl.load({address}{mask}){widen}")
+    return short
+
+
+def _store(problem: _Problem, writer: KernelWriter, evaluator: Evaluator, query: Index, head: Index) -> None:
+    """Evaluates what follows the attention on its tile, and stores it."""
+    shape = fact(problem.anchor, TensorType).shape
+    index = (query, head, problem.head_axis(writer, problem.value_size))
+    position = linear(index, contiguous_strides(shape))
+    here = without_ones(index, shape)
+
+    def attention(at: tuple[Index, ...]) -> Register:
+        if linear(at, contiguous_strides(shape)) != linear(here, contiguous_strides(shape)):
+            raise CodegenError("an epilogue needs elements of other tiles", where=where(problem.anchor))
+        return Register("attention", problem.compute, position.deps)
+
+    evaluator.bindings[problem.anchor] = attention
+    for node, view in problem.results:
+        result = peel(node, view, problem.inputs)
+        if result.scatter is not None or not same_count(result.shape, shape):
+            raise CodegenError("a result of an attention region has another shape", where=where(node))
+        value = evaluator.value(result.node, reshape(here, result.shape, shape))
+        store(writer, view, fact(result.node, TensorType).dtype, position, value)

@@ -1,0 +1,211 @@
+"""AddCache: from a forward pass over whole sequences to one step over new tokens, with earlier ones in pages.
+
+A packed causal model already works on rows that know their place: which sequence they belong to and which slot they
+have there. So it goes on from a cache if its attentions read keys from pages instead of from the rows of this call.
+Prefill, a chunk of it, decode and a mix of them are then one program with different rows. What was read off the padded
+batch (row index, offsets, slots) becomes an input; whatever else depended on the batch has no meaning any more, and
+the model is refused. Source: DeepSpeed Inference, section III (one program, chosen kernels); vLLM (pages).
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.fx import GraphModule, Node
+
+from tilewright.errors import CacheRefused
+from tilewright.ir.facts import Origin, SizeValue, TensorType, copy_origin, fact, set_fact, where
+from tilewright.ir.graph import InputSpec, Level, OutputSpec, info, update_info
+from tilewright.ir.layout import Layout, LayoutKind
+from tilewright.ir.sizes import BATCH, PAGES, TABLE, TOKENS, WANTED, Size
+from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.layout_axes import positional
+from tilewright.passes.rewrite import erase_dead
+
+aten = torch.ops.aten
+tw = torch.ops.tilewright
+
+_PACKED = Layout(LayoutKind.PACKED, 0, 1)
+_SEQUENCES = Layout(LayoutKind.PER_SEQUENCE, 0)
+_SELECTED = Layout(LayoutKind.SELECTED, 0)
+# What a step is told besides its tokens, in the order of the program's inputs. The fields of ``tilewright.ir.steps``.
+_TOLD: tuple[tuple[str, tuple[Size, ...], Layout], ...] = (
+    ("slots", (TOKENS,), _PACKED),
+    ("places", (TOKENS,), _PACKED),
+    ("cu_seqlens", (BATCH + 1,), _SEQUENCES),
+    ("page_table", (BATCH, TABLE), _SEQUENCES),
+    ("rows", (WANTED,), _SELECTED),
+    ("cu_rows", (BATCH + 1,), _SEQUENCES),
+)
+
+
+@dataclass(frozen=True)
+class AddCache(Pass):
+    """Turns a packed causal graph into one step of generation.
+
+    Its inputs are then the tokens [T], what ``tilewright.ir.steps.StepBatch`` says of them, and for each attention
+    pages of keys [N, Hkv, page_size, D] and of values; its output is one row for each wanted one.
+
+    Attributes:
+        page_size: slots of a page.
+        dtype: of the pages; None for that of the keys.
+        tokens: name of the input that holds the tokens.
+        positions: name of the input that holds the place of each token in its sequence.
+        output: name of the output that is kept.
+    """
+
+    name: ClassVar[str] = "add_cache"
+    requires: ClassVar[Level] = Level.PACKED
+    ensures: ClassVar[Level] = Level.PACKED
+
+    page_size: int = 32
+    dtype: torch.dtype | None = None
+    tokens: str = "input_ids"
+    positions: str = "position_ids"
+    output: str = "logits"
+
+    def run(self, gm: GraphModule) -> PassResult:
+        """Rewrites the graph in place.
+
+        Raises:
+            CacheRefused: the model is not a causal one whose tokens meet in attention alone; says at which node.
+        """
+        writer = _StepWriter(gm, self)
+        writer.run()
+        return PassResult(gm, changed=True, counts={"attention": writer.attentions})
+
+
+class _StepWriter:
+    def __init__(self, gm: GraphModule, options: AddCache) -> None:
+        self.gm, self.graph, self.options = gm, gm.graph, options
+        self.attentions = 0
+        self.specs: list[InputSpec] = []
+        self.old = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.row_index = next(iter(self.graph.find_nodes(op="call_function", target=tw.pack_index.default)), None)
+
+    def run(self) -> None:
+        if self.row_index is None:
+            why = info(self.gm).reasons.get("packing", "the graph has no row index")
+            raise CacheRefused("the model cannot go on from a cache", why=f"its padding cannot be removed: {why}")
+        self._make_inputs()
+        for node in list(self.graph.nodes):
+            if node.target is tw.gather_rows.default:
+                self._gathered(node)
+            elif node.target is tw.attention_packed.default:
+                self._attention(node)
+            elif node.target is aten.sym_size.int:
+                self._size(node)
+        self._outputs()
+        erase_dead(self.gm)
+        self._remove_old_inputs()
+        update_info(self.gm, inputs=tuple(self.specs))
+        self.graph.lint()
+        self.gm.recompile()
+
+    # Inputs
+
+    def _input(self, name: str, shape: tuple[Size, ...], dtype: torch.dtype, layout: Layout, state: bool) -> Node:
+        spec = next((each for each in info(self.gm).inputs if each.name == name), None)
+        with self.graph.inserting_before(self.old[0]):
+            # The name of an old input may be taken until that is removed.
+            node = self.graph.create_node("placeholder", name, name=f"step_{name}")
+        set_fact(node, TensorType(shape, dtype))
+        set_fact(node, layout)
+        set_fact(node, Origin(made_by=AddCache.name))
+        self.specs.append(InputSpec(name, dtype, shape, vocab=spec.vocab if spec else None, state=state))
+        return node
+
+    def _make_inputs(self) -> None:
+        self.ids = self._input(self.options.tokens, (TOKENS,), torch.int64, _PACKED, state=False)
+        self.told = {name: self._input(name, shape, torch.int32, layout, state=False) for name, shape, layout in _TOLD}
+
+    def _pages(self, kind: str, new: Node) -> Node:
+        type_ = fact(new, TensorType)
+        _, heads, size = type_.shape
+        shape = (PAGES, heads, self.options.page_size, size)
+        name = f"{kind}_{self.attentions}"
+        return self._input(name, shape, self.options.dtype or type_.dtype, Layout(LayoutKind.FREE), state=True)
+
+    def _remove_old_inputs(self) -> None:
+        for node in self.old:
+            if node.users:
+                user = next(iter(node.users))
+                raise CacheRefused(
+                    "the model cannot go on from a cache",
+                    where=where(user),
+                    why=f"'{user.name}' reads input '{node.target}' of the whole batch, which a step does not have",
+                    hint="only per-token inputs, read token by token, and causal attention are known here",
+                )
+            self.graph.erase_node(node)
+
+    # What was read off the padded batch
+
+    def _call(self, origin: Node, target: Any, args: tuple[Any, ...], type_: TensorType, layout: Layout) -> Node:
+        with self.graph.inserting_before(origin):
+            made = self.graph.create_node("call_function", target, args, {}, f"{origin.name}_step")
+        set_fact(made, type_)
+        set_fact(made, layout)
+        copy_origin(origin, made, AddCache.name)
+        return made
+
+    def _gathered(self, node: Node) -> None:
+        source = positional(node)[0]
+        if source.op != "placeholder" or source.target not in (self.options.tokens, self.options.positions):
+            return
+        rows = self.ids
+        if source.target == self.options.positions:
+            wanted = fact(node, TensorType)
+            args = (self.told["slots"], wanted.dtype)
+            rows = self._call(node, torch.ops.prims.convert_element_type.default, args, wanted, _PACKED)
+        node.replace_all_uses_with(rows)
+
+    def _size(self, node: Node) -> None:
+        if fact(node, SizeValue).value == TOKENS:
+            node.args = (self.ids, 0)
+
+    def _attention(self, node: Node) -> None:
+        q, k, v, _, _, _, slots_q, slots_k, bias, sinks, _, _, scale, causal, left, right, cap = positional(node)
+        why = None
+        if slots_q is not slots_k:
+            why = "its queries are not all tokens"
+        elif not causal or right >= 0:
+            why = "it sees keys that come after its query"
+        elif bias is not None:
+            why = f"its bias '{bias.name}' is made for a whole batch"
+        if why:
+            raise CacheRefused("the model cannot go on from a cache", where=where(node), why=why)
+        keys, values = self._pages("key_pages", k), self._pages("value_pages", v)
+        self.attentions += 1
+        told = [self.told[name] for name in ("places", "cu_seqlens", "slots", "page_table")]
+        args = (q, k, v, keys, values, *told, sinks, scale, left, cap)
+        made = self._call(node, tw.attention_paged.default, args, fact(node, TensorType), _PACKED)
+        node.replace_all_uses_with(made)
+
+    # Results
+
+    def _outputs(self) -> None:
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        described = info(self.gm).output
+        if self.options.output not in described.names:
+            raise CacheRefused(
+                f"the model has no output '{self.options.output}'", why=f"it has {', '.join(described.names)}"
+            )
+        place = described.names.index(self.options.output)
+        found: Any = output.args[0]
+        result = found[place]
+        if result.target is not tw.scatter_rows.default:
+            raise CacheRefused(
+                "the model cannot go on from a cache",
+                where=where(result),
+                why=f"output '{self.options.output}' is not computed token by token",
+            )
+        packed = positional(result)[0]
+        old = fact(packed, TensorType)
+        type_ = TensorType((WANTED, *old.shape[1:]), old.dtype)
+        with self.graph.inserting_before(output):
+            made = self.graph.call_function(tw.take_rows.default, (packed, self.told["rows"], self.told["cu_rows"]))
+        set_fact(made, type_)
+        set_fact(made, _SELECTED)
+        copy_origin(result, made, AddCache.name)
+        output.args = ((made,),)
+        update_info(self.gm, output=OutputSpec(build=lambda flat: flat[0], names=(self.options.output,)))

@@ -1,0 +1,122 @@
+"""A causal model compiled into steps of generation: prefill, chunks of it, decoding, and mixes of them."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tilewright.driver.options import CompileOptions
+from tilewright.driver.precision import precision_of
+from tilewright.errors import CacheRefused, CaptureError
+from tilewright.ir.graph import info
+from tilewright.ir.sizes import SEQ
+from tilewright.ir.steps import StepBatch
+from tilewright.models.capture import capture, longest
+from tilewright.models.inputs import signature_of
+from tilewright.passes.add_cache import AddCache
+
+if TYPE_CHECKING:
+    from tilewright.driver.compile import CompiledGraph
+    from tilewright.driver.kernels import Progress
+    from tilewright.passes.base import Observer
+
+PAGE_SIZE = 32
+_NO_LIMIT = 2**30
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Keys and values of all layers: a pool of ``count`` pages, as the program takes them."""
+
+    tensors: tuple[Tensor, ...]
+    count: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory it takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+
+class StepModel:
+    """One step of a causal model; a ``tilewright.ir.steps.CachedModel``.
+
+    Attributes:
+        compiled: the program and its graph.
+        page_size: slots of a page.
+        vocab_size: columns of the logits.
+        max_length: most tokens that a sequence may have.
+    """
+
+    def __init__(self, compiled: "CompiledGraph", page_size: int, vocab_size: int, max_length: int) -> None:
+        self.compiled = compiled
+        self.page_size = page_size
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self._states = [spec for spec in info(compiled.graph).inputs if spec.state]
+
+    def make_pages(self, count: int) -> Pages:
+        """An empty pool of ``count`` pages."""
+        made = []
+        for spec in self._states:
+            shape = [size if isinstance(size, int) else count for size in spec.shape]
+            made.append(torch.zeros(shape, dtype=spec.dtype))
+        return Pages(tuple(made), count)
+
+    def copy_pages(self, pool: Pages, source: Tensor, target: Tensor) -> None:
+        """Copies pages within the pool: those of ids ``source`` over those of ids ``target``."""
+        for tensor in pool.tensors:
+            tensor[target.long()] = tensor[source.long()]
+
+    def step(self, pool: Pages, batch: StepBatch) -> Tensor:
+        """Runs the new tokens of a batch; their keys and values go into the pool.
+
+        Returns:
+            Logits [R, vocabulary] fp32 of the wanted rows.
+        """
+        told = (batch.slots, self._places(batch), batch.cu_seqlens, batch.page_table, batch.rows, batch.cu_rows)
+        (logits,) = self.compiled(batch.input_ids, *told, *pool.tensors)
+        return logits.float()
+
+    def _places(self, batch: StepBatch) -> Tensor:
+        """Where in the pool each new token's keys go: ``page * page_size + slot % page_size``."""
+        slots, offsets = batch.slots.numpy(), batch.cu_seqlens.numpy()
+        sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        page = batch.page_table.numpy()[sequence, slots // self.page_size]
+        return torch.from_numpy(page * self.page_size + slots % self.page_size)
+
+
+def compile_steps(
+    model: Any,
+    options: CompileOptions,
+    *,
+    page_size: int = PAGE_SIZE,
+    pages_dtype: torch.dtype | None = None,
+    observers: "tuple[Observer, ...]" = (),
+    progress: "Progress | None" = None,
+) -> StepModel:
+    """Compiles a causal language model of transformers into steps.
+
+    Args:
+        model: in eval mode; it is not changed.
+        options: as of ``tilewright.compile``.
+        page_size: slots of a page of keys and values.
+        pages_dtype: of the pages; None for the model's own.
+        observers, progress: as of ``compile_graph``.
+
+    Raises:
+        CacheRefused: it is no causal model that can go on from a cache; says at which node.
+    """
+    from tilewright.driver.compile import compile_graph
+
+    cache = AddCache(page_size, pages_dtype)
+    ids = torch.ones((1, 3), dtype=torch.int64)
+    call = {cache.tokens: ids, "attention_mask": ids, cache.positions: ids, "use_cache": False}
+    try:
+        gm = capture(model, signature_of(model, (), call), dtype=precision_of(model, options).capture)
+    except CaptureError as error:
+        raise CacheRefused("the model cannot be captured", where=error.where, why=error.why, hint=error.hint) from error
+    limits = (info(gm).bounds.get(SEQ, (1, None, ""))[1], longest(model), _NO_LIMIT)
+    compiled = compile_graph(gm, options, observers=observers, progress=progress, cache=cache)
+    return StepModel(compiled, page_size, int(info(compiled.graph).inputs[0].vocab or 0), min(filter(None, limits)))

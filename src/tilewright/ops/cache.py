@@ -1,0 +1,111 @@
+"""Attention over a cache of keys and values in pages, and the selection of rows: what a causal model needs to go on
+from tokens it has seen before. Their eager code here is their definition.
+
+Pages come from vLLM's PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", 2023): memory of a fixed number of slots; a table says which pages hold the slots of a sequence.
+
+Shapes use B sequences, T new tokens, Hq query heads, Hkv key heads (Hq a multiple of Hkv), D head size, Dv value head
+size, N pages of G slots each, P pages in the longest table.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from tilewright.ops.attention import attend_reference
+from tilewright.ops.registry import register
+from tilewright.ops.traits import Flow, Traits
+
+
+def attention_paged_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    places: Tensor,
+    cu_seqlens_q: Tensor,
+    slots_q: Tensor,
+    page_table: Tensor,
+    sinks: Tensor | None,
+    scale: float,
+    window_left: int,
+    softcap: float,
+) -> Tensor:
+    """Puts new keys and values into their pages, then causal attention of the queries over all pages of a sequence.
+
+    Queries have rows of their own: all new tokens, or only those whose results are needed.
+
+    Args:
+        q: [Tq, Hq, D]. k: [T, Hkv, D]. v: [T, Hkv, Dv]. Any strides.
+        key_pages: [N, Hkv, G, D], written. value_pages: [N, Hkv, G, Dv], written. Their dtype may be narrower than
+            that of keys and values, which are rounded to it; all keys are read from there, the new ones too.
+        places: [T] int32, ``page * G + slot % G`` of each new token.
+        cu_seqlens_q: [B + 1] int32, first query row of each sequence; the last entry is Tq.
+        slots_q: [Tq] int32, place of each query in its sequence, counted from 0, rising within it. A query sees the
+            keys of slots up to its own, which have all been put into pages.
+        page_table: [B, P] int32, the page of slots [p * G, (p + 1) * G) of each sequence.
+        sinks: [Hq] logits that join the softmax without a value.
+        scale, softcap: as in ``attention``.
+        window_left: greatest distance of a key before its query; -1 for no limit.
+
+    Returns:
+        [Tq, Hq, Dv], contiguous, dtype of q.
+    """
+    slots = key_pages.shape[2]
+    for new, pages in ((k, key_pages), (v, value_pages)):
+        pages[places.long() // slots, :, places.long() % slots] = new.to(pages.dtype)
+    out = q.new_zeros((q.shape[0], q.shape[1], v.shape[2]))
+    offsets = cu_seqlens_q.tolist()
+    for sequence, (first, last) in enumerate(itertools.pairwise(offsets)):
+        if first == last:
+            continue
+        query = slots_q[first:last].long()
+        count = int(query.max()) + 1
+        table = page_table[sequence, : -(-count // slots)].long()
+        keys, values = (
+            pages[table].transpose(0, 1).flatten(1, 2)[None, :, :count].to(q.dtype)
+            for pages in (key_pages, value_pages)
+        )
+        key = torch.arange(count, device=q.device)
+        allowed = key[None] <= query[:, None]
+        if window_left >= 0:
+            allowed = allowed & (key[None] >= query[:, None] - window_left)
+        queries = q[first:last].transpose(0, 1)[None]
+        found = attend_reference(queries, keys, values, allowed[None, None], None, sinks, scale, softcap)
+        out[first:last] = found[0].transpose(0, 1)
+    return out
+
+
+attention_paged = torch.library.custom_op(
+    "tilewright::attention_paged", attention_paged_reference, mutates_args=("key_pages", "value_pages")
+)
+
+
+@attention_paged.register_fake
+def _attention_paged_fake(q, k, v, *args):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+
+
+def take_rows_reference(x: Tensor, rows: Tensor, cu_rows: Tensor) -> Tensor:
+    """Some rows: x [T, ...] -> [R, ...].
+
+    Args:
+        x: [T, ...].
+        rows: [R] int32, the rows, sequence by sequence.
+        cu_rows: [B + 1] int32, first of ``rows`` of each sequence; what computes only these rows needs to know.
+    """
+    return x[rows.long()].contiguous()
+
+
+take_rows = torch.library.custom_op("tilewright::take_rows", take_rows_reference, mutates_args=())
+
+
+@take_rows.register_fake
+def _take_rows_fake(x, rows, cu_rows):  # type: ignore[no-untyped-def]
+    return x.new_empty((rows.shape[0], *x.shape[1:]))
+
+
+register(torch.ops.tilewright.attention_paged.default, Traits(Flow.ATTENTION), attention_paged_reference)
+register(torch.ops.tilewright.take_rows.default, Traits(Flow.PACKING), take_rows_reference)

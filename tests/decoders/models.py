@@ -1,0 +1,45 @@
+"""Tiny causal language models with random weights, one of each family."""
+
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import nn
+
+VOCAB = 99
+WINDOW = 5  # of families with one: short, so that a test of a few pages reaches past it
+_IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_PLAIN = {**_IDS, **_SIZES, "pad_token_id": 0, "max_position_embeddings": 96}
+_GROUPED = {**_PLAIN, "num_key_value_heads": 2}
+_HEADS = {**_GROUPED, "head_dim": 8}
+_SCALED = {"query_pre_attn_scalar": 8, "sliding_window": WINDOW}
+_LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}),
+    "opt": ("OPT", {**_PLAIN, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "gpt_neox": ("GPTNeoX", _PLAIN),
+    "llama": ("Llama", _HEADS),
+    "mistral": ("Mistral", {**_HEADS, "sliding_window": WINDOW}),
+    "qwen2": ("Qwen2", _GROUPED),
+    "qwen3": ("Qwen3", _HEADS),
+    "gemma2": ("Gemma2", {**_HEADS, **_SCALED}),
+    "gemma3": ("Gemma3Text", {**_HEADS, **_SCALED, **_LOCAL}),
+    "phi3": ("Phi3", _GROUPED),
+}
+
+
+def build(family: str, seed: int) -> nn.Module:
+    """The model; weights are spread wide enough that attention is not uniform."""
+    prefix, fields = FAMILIES[family]
+    torch.manual_seed(seed)
+    config = getattr(hf, f"{prefix}Config")(**fields)
+    model: nn.Module = hf.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.3)
+            else:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    return model

@@ -1,0 +1,105 @@
+"""A causal model in steps gives what a forward pass over whole sequences gives, however tokens are shared out."""
+
+import pytest
+import torch
+from tests.decoders.models import FAMILIES, VOCAB, build
+from tests.references import ErrorRule, in_double
+from torch import Tensor
+
+from tilewright.driver.options import CompileOptions
+from tilewright.driver.steps import StepModel, compile_steps
+from tilewright.errors import CacheRefused
+from tilewright.ir.steps import StepBatch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PAGE = 8
+# Pages of three sequences, in no order, as an allocator that has been at work for a while gives them.
+TABLE = torch.tensor([[3, 7, 1, 0, 0], [2, 13, 0, 0, 0], [11, 12, 5, 9, 0]], dtype=torch.int32)
+LENGTHS = (21, 9, 30)
+# Tokens of each sequence in each step: prefill alone, mixed with decoding, in chunks across pages, decoding alone.
+STEPS = ((5, 0, 11), (1, 3, 1), (8, 1, 17), (6, 4, 1), (1, 1, 0))
+
+
+def steps_of(model: torch.nn.Module, **options: object) -> StepModel:
+    return compile_steps(model, CompileOptions(opt_level=2), page_size=PAGE, **options)  # type: ignore[arg-type]
+
+
+def step_batch(tokens: list[Tensor], starts: list[int], table: Tensor, wanted: Tensor | None = None) -> StepBatch:
+    """A step of these new tokens; logits of all of them, or of the wanted rows (a bool for each)."""
+    counts = torch.tensor([len(each) for each in tokens])
+    offsets = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
+    slots = torch.cat([start + torch.arange(len(each)) for start, each in zip(starts, tokens, strict=True)]).int()
+    wanted = torch.ones(len(slots), dtype=torch.bool) if wanted is None else wanted
+    before = torch.cat((torch.zeros(1), wanted.cumsum(0)))
+    ends = (torch.tensor(starts) + counts).int()
+    rows, cu_rows = wanted.nonzero().reshape(-1).int(), before[offsets.long()].int()
+    return StepBatch(torch.cat(tokens), slots, offsets, ends, table, rows, cu_rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_equal_one_forward_pass(family: str) -> None:
+    model = build(family, seed=0)
+    compiled = steps_of(model)
+    assert not compiled.compiled.spec.notes["eager"]
+    generator = torch.Generator().manual_seed(1)
+    sequences = [torch.randint(3, VOCAB, (length,), generator=generator) for length in LENGTHS]
+    with torch.no_grad():
+        eager = [model(each[None]).logits[0] for each in sequences]
+        wide = [in_double(model)(each[None]).logits[0] for each in sequences]
+    pool = compiled.make_pages(20)
+    for tensor in pool.tensors:
+        tensor.fill_(float("nan"))  # what nobody has written must not be read
+    done, rule = [0, 0, 0], ErrorRule()
+    for counts in STEPS:
+        active = [i for i in range(3) if counts[i]]
+        spans = {i: slice(done[i], done[i] + counts[i]) for i in active}
+        tokens = [sequences[i][spans[i]] for i in active]
+        wanted = torch.rand(sum(counts), generator=generator) < 0.7
+        batch = step_batch(tokens, [done[i] for i in active], TABLE[active].contiguous(), wanted)
+        batch.check(page_size=PAGE, pages=20, vocab_size=compiled.vocab_size, max_length=compiled.max_length)
+        found = compiled.step(pool, batch)
+        for name in (eager, wide):
+            assert found.shape == torch.cat([name[i][spans[i]] for i in active])[wanted].shape
+        rule.add(found, *(torch.cat([each[i][spans[i]] for i in active])[wanted] for each in (eager, wide)))
+        done = [n + count for n, count in zip(done, counts, strict=True)]
+    rule.check(family)
+
+
+def test_narrow_pages() -> None:
+    model = build("llama", seed=0)
+    compiled = steps_of(model, pages_dtype=torch.bfloat16)
+    tokens = torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(2))
+    pool = compiled.make_pages(3)
+    assert {tensor.dtype for tensor in pool.tensors} == {torch.bfloat16}
+    table = torch.tensor([[2, 1]], dtype=torch.int32)
+    found = torch.cat([compiled.step(pool, step_batch([tokens[i : i + 1]], [i], table)) for i in range(12)])
+    with torch.no_grad():
+        wide = in_double(model)(tokens[None]).logits[0]
+    # Keys and values keep 8 bits: the error is that of rounding them, and not that of another token.
+    assert float((found - wide).abs().max()) < 0.02 * float(wide.abs().max())
+
+
+def test_copied_pages_go_on_alone() -> None:
+    model = build("llama", seed=0)
+    compiled = steps_of(model)
+    generator = torch.Generator().manual_seed(3)
+    prompt, one, other = (torch.randint(3, VOCAB, (n,), generator=generator) for n in (11, 4, 4))
+    pool = compiled.make_pages(6)
+    compiled.step(pool, step_batch([prompt], [0], torch.tensor([[4, 2]], dtype=torch.int32)))
+    compiled.copy_pages(pool, torch.tensor([2]), torch.tensor([5]))  # the page that is not full
+    table = torch.tensor([[4, 2], [4, 5]], dtype=torch.int32)
+    found = compiled.step(pool, step_batch([one, other], [11, 11], table)).split(4)
+    with torch.no_grad():
+        wide = [in_double(model)(torch.cat((prompt, each))[None]).logits[0, 11:] for each in (one, other)]
+    for ours, reference in zip(found, wide, strict=True):
+        assert float((ours - reference).abs().max()) < 1e-4 * float(reference.abs().max())
+
+
+def test_an_encoder_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64, vocab_size=VOCAB
+    )
+    with pytest.raises(CacheRefused, match="sees keys that come after its query"):
+        steps_of(BertLMHeadModel(config).eval())
