@@ -16,10 +16,10 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
 
     Returns:
         "as_is" and "vendor": unchanged (the vendor's own form is opaque); "kn": [K, N]; "panels:P": [ceil(N/P), K, P];
-        "panels:P:G": [ceil(N/P), K/G, P, G].
+        "panels:P:G": [ceil(N/P), K/G, P, G]. Panels of a weight [.., N, K] have its outer axes in front.
 
     Raises:
-        CodegenError: the layout is unknown, or the weight is not a matrix.
+        CodegenError: the layout is unknown, or the weight is not a matrix, nor matrices in panels.
     """
     name, _, form = layout.partition(":")
     width, _, group = form.partition(":")
@@ -27,12 +27,13 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
         return shape
     if len(shape) == 2 and name == "kn" and not width:
         return (shape[1], shape[0])
-    if len(shape) == 2 and name == "panels" and width.isdigit() and int(width) > 0:
-        count, k = ceil_div(shape[0], int(width)), shape[1]
+    if len(shape) >= 2 and name == "panels" and width.isdigit() and int(width) > 0:
+        *outer, n, k = shape
+        count = ceil_div(n, int(width))
         if not group:
-            return (count, k, int(width))
+            return (*outer, count, k, int(width))
         if group.isdigit() and int(group) > 0 and isinstance(k, int) and k % int(group) == 0:
-            return (count, k // int(group), int(width), int(group))
+            return (*outer, count, k // int(group), int(width), int(group))
     raise CodegenError(
         f"no layout '{layout}' for a weight of shape {shape}",
         hint="as_is, kn, panels:<n>, panels:<n>:<divisor of k> or vendor",

@@ -2,8 +2,10 @@
 
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.emit_attention import emit_attention
+from tilewright.codegen.emit_experts import emit_experts
 from tilewright.codegen.emit_gemm import emit_gemm
 from tilewright.codegen.emit_index import emit_index
+from tilewright.codegen.emit_route import emit_route
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.region_call import RegionCall
 from tilewright.errors import CodegenError
@@ -30,6 +32,10 @@ def emit_region(
     anchor = call.region.anchor
     if anchor is Anchor.GEMM:
         return emit_gemm(call, builder, variant or "triton")
+    if anchor is Anchor.EXPERTS:
+        return emit_experts(call, builder)
+    if anchor is Anchor.ROUTE:
+        return emit_route(call, builder)
     if anchor is Anchor.ATTENTION:
         return emit_attention(call, builder, variant or "online")
     if anchor is Anchor.INDEX:

@@ -102,7 +102,7 @@ def _kernel(
 ) -> KernelStep:
     given = arguments(anchor)
     kind, source = fact(anchor, TensorType), fact(given["input"], TensorType)
-    n, k = _static(kind.shape[-1], anchor), _static(source.shape[-1], anchor)
+    n, k = static_size(kind.shape[-1], anchor), static_size(source.shape[-1], anchor)
     rows = product(kind.shape[:-1])
     tile = tile_for(source.dtype, variant, k)
     writer = KernelWriter(2, register_columns=0, loop_columns=tile.k)
@@ -111,10 +111,11 @@ def _kernel(
     evaluator = Evaluator(call.graph, writer, inputs)
     row, column = _define_tile(writer, rows, n, tile)
     acc_dtype = sum_dtype(source.dtype)
-    _multiply(evaluator, builder, anchor, (row, column), k, tile)
-    evaluator.bindings[anchor] = _Product(evaluator, anchor, row, column, acc_dtype)
+    weight = WeightTiles(evaluator, builder, anchor, column, k, tile)
+    multiply(evaluator, anchor, unravel(row, source.shape[:-1]), k, tile, weight)
+    evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, acc_dtype)
     for node, view in results:
-        _store_result(evaluator, peel(node, view, inputs), anchor, row, column)
+        store_tile(evaluator, peel(node, view, inputs), anchor, row, column)
     return finish(
         writer,
         family="gemm",
@@ -129,7 +130,7 @@ def _kernel(
     )
 
 
-def _static(size: Size, node: Node) -> int:
+def static_size(size: Size, node: Node) -> int:
     if not isinstance(size, int):
         raise CodegenError("a GEMM needs fixed N and K", where=where(node), why=f"a size is {size}")
     return size
@@ -161,7 +162,7 @@ def _define_tile(writer: KernelWriter, rows: Size, n: int, tile: Tile) -> tuple[
 
 
 @dataclass
-class _Product:
+class Product:
     """The product plus bias, at the place of the tile: the only place it is known at."""
 
     evaluator: Evaluator
@@ -188,24 +189,33 @@ class _Product:
         return Register(text, self.dtype, deps)
 
 
-def _multiply(
-    evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, place: tuple[Index, Index], k: int, tile: Tile
+def multiply(
+    evaluator: Evaluator,
+    anchor: Node,
+    row: tuple[Index, ...],
+    k: int,
+    tile: Tile,
+    weight: "WeightTiles",
+    height: str = "BLOCK_M",
 ) -> None:
-    """The loop over K; a rest that does not fill a block is a loop of one turn with masks."""
+    """The loop over K, which leaves the product in ``acc``; a rest that does not fill a block is one turn with masks.
+
+    Args:
+        row: index of the tile's rows among the leading axes of the anchor's input.
+        height: name of the constant with the number of these rows.
+    """
     writer = evaluator.writer
     source = fact(arguments(anchor)["input"], TensorType)
-    weight = _Weight(evaluator, builder, anchor, place[1], k, tile)
     writer.column_names[k] = "ks"
     # The product is written inside the loops, so its start stands in front of them.
-    writer.statement(f"acc = tl.zeros([BLOCK_M, BLOCK_N], {TL_TYPES[sum_dtype(source.dtype)]})")
+    writer.statement(f"acc = tl.zeros([{height}, BLOCK_N], {TL_TYPES[sum_dtype(source.dtype)]})")
     whole = k // tile.k * tile.k
     for begin, end in ((0, whole), (whole, k)):
         if begin < end:
             with writer.block(f"for start in range({begin}, {end}, BLOCK_KS):"):
                 column = define_columns(writer, "ks", k, tile.k, "start", masked=end != whole)
-                index = (*unravel(place[0], source.shape[:-1]), column)
-                x = evaluator.raw(arguments(anchor)["input"], index, source.dtype)
-                left = _full_tile(writer, x, "BLOCK_M, BLOCK_KS")
+                x = evaluator.raw(arguments(anchor)["input"], (*row, column), source.dtype)
+                left = _full_tile(writer, x, f"{height}, BLOCK_KS")
                 w = weight.load(masked=end != whole)
                 writer.statement(f"acc = {dot(left, w, 'acc', source.dtype)}")
 
@@ -217,12 +227,26 @@ def _full_tile(writer: KernelWriter, value: Register, shape: str) -> str:
     return writer.emit(value.text, f"tl.broadcast_to({value.text}, [{shape}])", value.deps)
 
 
-class _Weight:
-    """The weight's tile [BLOCK_K, BLOCK_N] at the place of the K loop."""
+class WeightTiles:
+    """The weight's tiles [BLOCK_K, BLOCK_N] at the places of the K loop.
+
+    Args:
+        panel: number of the panel that the program reads, as text in 64 bits.
+        outer: index along the weight's axes in front of [N, K], if it has such.
+    """
 
     def __init__(
-        self, evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, column: Index, k: int, tile: Tile
+        self,
+        evaluator: Evaluator,
+        builder: ProgramBuilder,
+        anchor: Node,
+        column: Index,
+        k: int,
+        tile: Tile,
+        panel: str = "tl.program_id(1).to(tl.int64)",
+        outer: tuple[Index, ...] = (),
     ) -> None:
+        self.outer = outer
         self.evaluator, self.node, self.column, self.k = evaluator, arguments(anchor)["weight"], column, k
         self.dtype = fact(self.node, TensorType).dtype
         self.panels: str | None = None
@@ -234,7 +258,7 @@ class _Weight:
             form = f"panels:{tile.n}" if self.group == 1 else f"panels:{tile.n}:{self.group}"
             laid_out = builder.whole(builder.weight_layout(view.value, form))
             self.panels = evaluator.writer.pointer(laid_out, self.dtype, "weight")
-            evaluator.writer.statement(f"panel_ptr = {self.panels} + tl.program_id(1).to(tl.int64) * ({k} * BLOCK_N)")
+            evaluator.writer.statement(f"panel_ptr = {self.panels} + {panel} * ({k} * BLOCK_N)")
 
     def load(self, masked: bool) -> str:
         """Text of the loaded tile, in the scope of the K loop."""
@@ -246,7 +270,7 @@ class _Weight:
             writer.statement(f"k_rows_mask = k_rows < {self.k}")
         down = writer.define(Var("k_rows", self.k, 0, "BLOCK_KS", "k_rows_mask" if masked else None))
         if self.panels is None:
-            loaded = self.evaluator.raw(self.node, (self.column, down), self.dtype)
+            loaded = self.evaluator.raw(self.node, (*self.outer, self.column, down), self.dtype)
             return _full_tile(writer, loaded, "BLOCK_KS, BLOCK_N")
         mask = ", mask=k_rows_mask, other=0" if masked else ""
         address = "panel_ptr + k_rows * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]"
@@ -264,7 +288,7 @@ class _Weight:
         return "grouped.permute(0, 2, 1).reshape(BLOCK_KS, BLOCK_N)"
 
 
-def _store_result(evaluator: Evaluator, result: Result, anchor: Node, row: Index, column: Index) -> None:
+def store_tile(evaluator: Evaluator, result: Result, anchor: Node, row: Index, column: Index) -> None:
     """Stores the tile of a result, whose elements stand in the order of the product's."""
     shape = fact(anchor, TensorType).shape
     if result.scatter is not None or not same_count(result.shape, shape):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from tilewright.codegen import selection
 from tilewright.codegen.columns import (
     ColumnConflict,
     column_block,
@@ -24,6 +25,7 @@ from tilewright.errors import CodegenError
 from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ir.sizes import Size, product
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.selection import TOP_INDICES
 
 if TYPE_CHECKING:
     from tilewright.codegen.evaluate import Evaluator
@@ -315,4 +317,6 @@ _LAST_AXIS: dict[object, Callable[["Evaluator", Node, tuple[Index, ...]], Regist
     aten.rms_norm.default: _rms_norm,
     aten.softmax.int: _softmax,
     aten.cumsum.default: _cumsum,
+    aten.gather.default: selection.gather,
+    TOP_INDICES: selection.top_indices,
 }

@@ -113,6 +113,7 @@ def cast_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) -> tuple[GraphModule, dict[str, str]]:
     """Tries the attention hooks, then torch's own attention; returns the graph and why earlier tries failed."""
+    from tilewright.models.expert_hooks import experts_implementation
     from tilewright.models.hooks import NAME, attention_implementation
 
     choices: list[str | None] = [None]
@@ -127,7 +128,8 @@ def _trace(model: nn.Module, signature: CallSignature, example: Any, name: str) 
     for choice in choices:
         for stretched, short in (((0, 1), False), ((0, 1), True), ((0,), False), ((), False)):
             args, kwargs, dynamic = example_call(model, signature, example, stretched, short)
-            with attention_implementation(model, choice) if choice else nullcontext():
+            attention = attention_implementation(model, choice) if choice else nullcontext()
+            with attention, experts_implementation(model):
                 try:
                     program = run_export(model, args, kwargs, dynamic)
                     gm = graph_of(program, defaults=defaults, validity=validity, model=name)

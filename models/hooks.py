@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from tilewright import ops as ops  # registers tilewright::attention
 from tilewright.errors import CaptureError
+from tilewright.models.config_fields import replaced_field
 
 NAME = "tilewright"
 _CONFIG_FIELD = "_attn_implementation_internal"
@@ -200,19 +201,6 @@ AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, make_mask)
 
 
-def _configs(model: nn.Module) -> list[Any]:
-    """Every configuration object that some module of the model reads, sub-configurations included."""
-    found: dict[int, Any] = {}
-    pending: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
-    while pending:
-        config = pending.pop()
-        if config is None or id(config) in found or not hasattr(config, "__dict__"):
-            continue
-        found[id(config)] = config
-        pending += [getattr(config, name, None) for name in getattr(config, "sub_configs", {}) or {}]
-    return list(found.values())
-
-
 @contextmanager
 def attention_implementation(model: nn.Module, name: str = NAME) -> Iterator[None]:
     """Sets the attention implementation of all configurations of ``model``, and restores each exactly.
@@ -221,16 +209,9 @@ def attention_implementation(model: nn.Module, name: str = NAME) -> Iterator[Non
         model: a transformers model; only the field that names the implementation is touched.
         name: "tilewright", or one of transformers' own ("sdpa", "eager").
     """
-    missing = object()
-    before = [(config, config.__dict__.get(_CONFIG_FIELD, missing)) for config in _configs(model)]
     _active.append(_Masks())
     try:
-        for config, old in before:
-            if old is not missing:
-                config.__dict__[_CONFIG_FIELD] = name
-        yield
+        with replaced_field(model, _CONFIG_FIELD, name):
+            yield
     finally:
         _active.pop()
-        for config, old in before:
-            if old is not missing:
-                config.__dict__[_CONFIG_FIELD] = old

@@ -15,6 +15,8 @@ packing = torch.ops.tilewright
 
 _FAMILY = {
     Flow.CONTRACT: Anchor.GEMM,
+    Flow.GROUPED: Anchor.EXPERTS,
+    Flow.ROUTE: Anchor.ROUTE,
     Flow.ATTENTION: Anchor.ATTENTION,
     Flow.POINTWISE: Anchor.ROW,
     Flow.LAST_AXIS: Anchor.ROW,
@@ -68,11 +70,15 @@ def _why_no_kernel(node: Node) -> str:
         return f"{node.target} is declared a view, but how it moves elements is not known"
     if traits.flow is Flow.CONTRACT:
         return _why_no_gemm(node)
+    if traits.flow is Flow.GROUPED:
+        weight = node.args[1]
+        computed = isinstance(weight, Node) and weight.op != "get_attr"
+        return f"its weight '{weight.name}' is computed, not a parameter" if computed else ""  # type: ignore[union-attr]
     rank = _rank(node.args[0])
     if traits.flow is Flow.LAST_AXIS:
         return _why_not_last_axis(node, rank)
-    if traits.flow is Flow.REDUCE and reduced_axes(node) != (rank - 1,):
-        return f"it reduces axes {reduced_axes(node)} of {rank}; kernels reduce the last axis only"
+    if traits.flow is Flow.REDUCE and len(reduced_axes(node)) != 1:
+        return f"it reduces axes {reduced_axes(node)} of {rank}; kernels reduce one axis"
     return ""
 
 

@@ -12,7 +12,7 @@ from tilewright.ops import Flow
 from tilewright.passes.anchors import computes, family, is_result, is_view
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.copies import find_copies
-from tilewright.passes.region_groups import Group, may_repeat, why_not_joined
+from tilewright.passes.region_groups import PRODUCTS, Group, may_repeat, why_not_joined
 from tilewright.passes.region_order import in_running_order
 
 _FUSION_OFF = "fusion is off at this optimization level"
@@ -61,6 +61,8 @@ def _record(number: int, group: Group, refused: dict[str, str]) -> Region:
 
 _ANCHOR_FLOWS = {
     Anchor.GEMM: (Flow.CONTRACT,),
+    Anchor.EXPERTS: (Flow.GROUPED,),
+    Anchor.ROUTE: (Flow.ROUTE,),
     Anchor.ATTENTION: (Flow.ATTENTION,),
     Anchor.ROW: (Flow.LAST_AXIS, Flow.REDUCE, Flow.PACKING, Flow.LOOKUP),
     Anchor.INDEX: (Flow.PACKING,),
@@ -113,7 +115,7 @@ class _Finder:
         return (operand, tuple(reversed(views))) if operand in self.group_of else None
 
     def _preference(self, source: tuple[Node, tuple[Node, ...]]) -> tuple[bool, int]:
-        return self.group_of[source[0]].anchor is not Anchor.GEMM, -self.position[source[0]]
+        return self.group_of[source[0]].anchor not in PRODUCTS, -self.position[source[0]]
 
     def _try_join(self, producer: Group, consumer: Group, views: tuple[Node, ...]) -> str | None:
         """Joins two groups and the views between, or returns the reason why not."""
@@ -125,7 +127,7 @@ class _Finder:
         why = why or self._why_not_convex(members)
         if why is not None:
             return why
-        anchor = producer.anchor if producer.anchor is Anchor.GEMM else consumer.anchor
+        anchor = producer.anchor if producer.anchor in PRODUCTS else consumer.anchor
         reason = "; ".join(dict.fromkeys(text for text in (producer.reason, consumer.reason) if text))
         ordered = sorted(members, key=self.position.__getitem__)
         group = Group(anchor, dict.fromkeys(ordered), repeated, reason)

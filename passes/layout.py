@@ -89,6 +89,7 @@ class _Analysis:
             Flow.POINTWISE: self._pointwise,
             Flow.LAST_AXIS: self._last_axis,
             Flow.CONTRACT: self._contract,
+            Flow.GROUPED: self._joint_rows,
             Flow.LOOKUP: self._lookup,
             Flow.REDUCE: self._reduce,
             Flow.VIEW: self._view,
@@ -224,7 +225,25 @@ class _Analysis:
             merged.append(known.pop() if len(known) == 1 else None)
         return self._unpacked(node, (merged[0], merged[1]))
 
+    def _joint_rows(self, node: Node) -> Layout:
+        """Several operands have a row for each row of the result: all of them must have their tokens on its axes."""
+        given = positional(node)
+        rows = [given[position] for position in traits_of(node.target).row_args]
+        packed = [operand for operand in rows if self.layouts[operand].kind is _PACKED]
+        if not packed:
+            self._none_packed(node, tensor_operands(node))
+            return self._unpacked(node, self._axes(rows[0]))
+        axes = self._axes(packed[0])
+        if any(self._axes(operand) != axes for operand in rows):
+            raise _Mixes("same_token_axes", "its operands have their tokens on different axes")
+        if worked_axes(node) & set(axes):
+            raise _Mixes("no_mixing_of_places", "it works along an axis of the batch or the sequence")
+        self._check_weights(node, [operand for operand in tensor_operands(node) if operand not in rows])
+        return Layout(_PACKED, *axes)
+
     def _last_axis(self, node: Node) -> Layout:
+        if len(traits_of(node.target).row_args) > 1:
+            return self._joint_rows(node)
         source = tensor_operands(node)[0]
         layout = self.layouts[source]
         features = fact(source, TensorType).dtype.is_floating_point and len(shape_of(source)) > 2

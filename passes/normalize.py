@@ -8,6 +8,7 @@ from tilewright.passes.normalize_views import NormalizeViews
 from tilewright.passes.recognize_attention import RecognizeAttention
 from tilewright.passes.recognize_linear import RecognizeLinear
 from tilewright.passes.recognize_norms import RecognizeNorms
+from tilewright.passes.recognize_top_k import RecognizeTopK
 from tilewright.passes.recover_mask import RecoverMask
 
 
@@ -19,6 +20,7 @@ def normalization() -> tuple[Pass, ...]:
         FoldConstants(),  # weights that are computed from weights, e.g. 1 + w, become weights
         RecognizeLinear(),
         RecognizeNorms(),
+        RecognizeTopK(),
         RecognizeAttention(),  # after linear: what is left of matmul multiplies two computed tensors
         NormalizeViews(),  # attention yields another order of axes, which cancels against the views around it
         RecoverMask(),  # needs the masks as operands of attention

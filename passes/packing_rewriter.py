@@ -153,6 +153,7 @@ class PackingRewriter:
             Flow.POINTWISE: self._pointwise,
             Flow.LAST_AXIS: self._row_wise,
             Flow.CONTRACT: self._row_wise,
+            Flow.GROUPED: self._row_wise,
             Flow.LOOKUP: self._row_wise,
             Flow.REDUCE: self._row_wise,
             Flow.VIEW: self._view,
@@ -222,20 +223,20 @@ class PackingRewriter:
         return self._emit(node, args, kwargs, layout)
 
     def _row_wise(self, node: Node, layout: Layout) -> Node:
-        """Norms, products with a weight, reductions, look-ups: one operand has rows, the others stay as they are."""
+        """Norms, products with a weight, reductions, look-ups: some operands have rows, the others stay as they are."""
         given = positional(node)
-        source = given[1 if traits_of(node.target).flow is Flow.LOOKUP else 0]
+        traits = traits_of(node.target)
+        sources = [given[at] for at in ((1,) if traits.flow is Flow.LOOKUP else traits.row_args)]
 
         def replace(arg: Node) -> Node:
-            return self.rows(source) if arg is source else self.plain(arg)
+            return self.rows(arg) if arg in sources else self.plain(arg)
 
         bound = {parameter.name for parameter in node.target._schema.arguments[: len(given)]}  # type: ignore[union-attr]
         extra = {name: value for name, value in node.kwargs.items() if name not in bound}
         call: tuple[Any, Any] = (tuple(given), extra)
         args, kwargs = torch.fx.node.map_arg(call, replace)
-        axes_arg = traits_of(node.target).axes_arg
-        if axes_arg is not None:
-            args = self._with_axes(node, args, axes_arg)
+        if traits.axes_arg is not None:
+            args = self._with_axes(node, args, traits.axes_arg)
         return self._emit(node, args, kwargs, layout)
 
     def _with_axes(self, node: Node, args: Sequence[Any], position: int) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from tilewright.passes.outline_regions import OutlineRegions
 from tilewright.passes.place import Place
 from tilewright.passes.quantize_linears import QuantizeLinears
 from tilewright.passes.remove_padding import RemovePadding
+from tilewright.passes.route_experts import RouteExperts
 from tilewright.passes.slice_rows import SliceRows
 from tilewright.passes.specialize import Specialize
 from tilewright.passes.specialize_attention import SpecializeAttention
@@ -67,6 +68,7 @@ def pipeline(
         *((cache,) if cache is not None else ()),  # needs packed rows; says which of them are wanted, for the next
         # Needs packed rows to pick from; before regions, for it changes the rows of what they compute.
         *((SliceRows(),) if SliceRows.name not in without else ()),
+        RouteExperts(),  # once the rows are settled: its tables are of all rows at once, which nothing moves past
         # After the rows are settled, as linears of one value may want different ones; before regions, which grow by it.
         *((MergeLinears(),) if opt_level > 1 and MergeLinears.name not in without else ()),
         # Merged weights are rounded once; regions then hold the roundings and scales as they hold all pointwise work.

@@ -1,6 +1,6 @@
 """Groups of nodes that may become regions, and the question whether two of them may be one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -12,10 +12,21 @@ from tilewright.ir.sizes import Size
 from tilewright.ir.views import same_size, same_sizes
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.anchors import is_result, is_view
-from tilewright.passes.tile_dependence import Access, OperandRead, operand_reads, shape_of, why_not_one_tile
+from tilewright.passes.tile_dependence import (
+    Access,
+    OperandRead,
+    operand_reads,
+    reduces_last,
+    shape_of,
+    why_not_one_tile,
+)
 
 aten = torch.ops.aten
 packing = torch.ops.tilewright
+
+
+PRODUCTS = (Anchor.GEMM, Anchor.EXPERTS)
+"""Anchors whose kernels compute tiles of a product with weights, and pointwise work behind it on the tile."""
 
 
 @dataclass
@@ -37,6 +48,10 @@ class Group:
     def first(self, flow: Flow) -> Node | None:
         """The first member whose op has that flow."""
         return next((node for node in self.members if traits_of(node.target).flow is flow), None)
+
+    def product(self) -> Node | None:
+        """The product with weights that the group is built around."""
+        return self.first(Flow.CONTRACT) or self.first(Flow.GROUPED)
 
     def work(self) -> Iterator[Node]:
         """Members other than views and reads of several results."""
@@ -62,11 +77,13 @@ def why_not_joined(producer: Group, consumer: Group, between: Iterable[Node]) ->
         head = next(iter(group.members)).name
         if group.anchor is Anchor.INDEX:
             return f"the row index '{head}' must be complete before any packed row is known"
+        if group.anchor is Anchor.ROUTE:
+            return f"the table '{head}' of the rows of each expert is made from all rows"
         if group.anchor is Anchor.ATTENTION and group is consumer:
             return f"the attention kernel '{head}' would compute it again for every block of queries"
         if group.anchor is Anchor.ATTENTION:
             return f"the attention kernel '{head}' computes attention alone"
-    if Anchor.GEMM in (producer.anchor, consumer.anchor):
+    if producer.anchor in PRODUCTS or consumer.anchor in PRODUCTS:
         return _why_not_epilogue(producer, consumer, tuple(between))
     return _why_not_rows(producer, consumer, tuple(between))
 
@@ -86,15 +103,15 @@ def _edges(consumers: Iterable[Node], producers: Iterable[Node]) -> Iterator[tup
 
 
 def _why_not_epilogue(producer: Group, consumer: Group, between: tuple[Node, ...]) -> str | None:
-    if consumer.anchor is Anchor.GEMM:
-        anchor, name = consumer.first(Flow.CONTRACT), next(reversed(producer.members)).name
+    if consumer.anchor in PRODUCTS:
+        anchor, name = consumer.product(), next(reversed(producer.members)).name
         gemm = anchor.name if anchor else ""
-        if producer.anchor is Anchor.GEMM:
-            split = len(shape_of(producer.first(Flow.CONTRACT)) or ())
+        if producer.anchor in PRODUCTS:
+            split = len(shape_of(producer.product()) or ())
             why = _first_reason(_edges(consumer.members, producer.members), split)
             return why or f"a region holds one GEMM, and that of '{name}' is another than '{gemm}'"
         return f"'{name}' would be computed again for each tile of the GEMM '{gemm}'; it is computed once and stored"
-    out = shape_of(producer.first(Flow.CONTRACT)) or ()
+    out = shape_of(producer.product()) or ()
     if between:
         return f"the view '{between[0].name}' lies between the GEMM and its consumer"
     if len(consumer.members) > 1:
@@ -158,31 +175,37 @@ def _text(shape: tuple[Size, ...] | None) -> str:
     return f"[{', '.join(map(str, shape or ()))}]"
 
 
-def row_axes(nodes: Iterable[Node]) -> list[int]:
+def row_axes(nodes: Collection[Node]) -> list[int]:
     """Numbers of leading axes that can be the rows of a region of these nodes, most first.
 
-    With r such axes each node has the shape rows + [columns] or rows alone; all have the same number of columns, or 1.
+    With r such axes each node has the shape rows + [columns] or rows alone. All have the same number of columns, or 1,
+    unless some node needs whole rows, which then are never divided.
     """
     shapes = [shape_of(node) or () for node in nodes]
     allowed = set.intersection(*({*_row_axes_of(node)} for node in nodes)) if shapes else set()
-    return sorted((r for r in allowed if _rows_agree(shapes, r)), reverse=True)
+    whole = any(traits_of(node.target).flow is Flow.LAST_AXIS for node in nodes)
+    return sorted((r for r in allowed if _rows_agree(shapes, r, whole)), reverse=True)
 
 
 def _row_axes_of(node: Node) -> tuple[int, ...]:
     rank = len(shape_of(node) or ())
     flow = traits_of(node.target).flow
-    if flow is Flow.REDUCE:
+    if flow is Flow.REDUCE and reduces_last(node):
         x = node.args[0]
         return (len(shape_of(x) or ()) - 1,) if isinstance(x, Node) else ()
+    if flow is Flow.REDUCE:
+        return (rank - 1,) if rank else ()
     if flow in (Flow.LAST_AXIS, Flow.LOOKUP):
         return (rank - 1,)
     return (rank - 1, rank) if rank else (0,)
 
 
-def _rows_agree(shapes: list[tuple[Size, ...]], r: int) -> bool:
+def _rows_agree(shapes: list[tuple[Size, ...]], r: int, whole: bool) -> bool:
     rows = shapes[0][:r]
     if not all(len(shape) in (r, r + 1) and same_sizes(shape[:r], rows) for shape in shapes):
         return False
+    if whole:
+        return True
     widths = [shape[r] for shape in shapes if len(shape) > r and not same_size(shape[r], 1)]
     return all(same_size(width, widths[0]) for width in widths)
 

@@ -27,7 +27,7 @@ from tilewright.passes.rewrite import erase_dead
 aten = torch.ops.aten
 tw = torch.ops.tilewright
 # These compute row t of their result from row t of their packed operands: the verifier's rule ``tokens_not_mixed``.
-_ROW_WISE = (Flow.POINTWISE, Flow.LAST_AXIS, Flow.CONTRACT, Flow.LOOKUP, Flow.REDUCE, Flow.VIEW)
+_ROW_WISE = {Flow.POINTWISE, Flow.LAST_AXIS, Flow.CONTRACT, Flow.GROUPED, Flow.LOOKUP, Flow.REDUCE, Flow.VIEW}
 # What picks rows of a packed value: how many, and the layout of the result.
 _PICKS: dict[Any, tuple[Size, Layout]] = {
     tw.first_rows.default: (BATCH, Layout(LayoutKind.PER_SEQUENCE, 0)),
@@ -198,7 +198,7 @@ def _why_all_rows(node: Node, kinds_of_users: int) -> str | None:
         return f"all rows of '{node.name}' are read by {', '.join(map(repr, others[:3]))}"
     if kinds_of_users > 1:
         return f"'{node.name}' is read at different rows"
-    if traits_of(node.target).flow not in (*_ROW_WISE, Flow.ATTENTION):
+    if traits_of(node.target).flow not in _ROW_WISE | {Flow.ATTENTION}:
         return f"'{node.name}' is not computed row by row: {node.target}"
     sizes = [size.value for arg in node.all_input_nodes if (size := find_fact(arg, SizeValue))]
     if any(size != TOKENS and TOKENS in symbols_in((size,)) for size in sizes):

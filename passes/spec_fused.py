@@ -14,10 +14,12 @@ from tilewright.passes.rules import Rule, Violation, all_nodes, bodies, regions
 
 # Flows of which a region of this kind holds exactly one op, and those of which it holds none.
 _HOLDS = {
-    Anchor.GEMM: ({Flow.CONTRACT}, {Flow.ATTENTION, Flow.OTHER}),
-    Anchor.ATTENTION: ({Flow.ATTENTION}, {Flow.CONTRACT, Flow.OTHER}),
-    Anchor.ROW: (set(), {Flow.CONTRACT, Flow.ATTENTION, Flow.OTHER}),
-    Anchor.INDEX: ({Flow.PACKING}, {Flow.CONTRACT, Flow.ATTENTION, Flow.OTHER}),
+    Anchor.GEMM: ({Flow.CONTRACT}, {Flow.ATTENTION, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
+    Anchor.EXPERTS: ({Flow.GROUPED}, {Flow.CONTRACT, Flow.ATTENTION, Flow.ROUTE, Flow.OTHER}),
+    Anchor.ROUTE: ({Flow.ROUTE}, {Flow.CONTRACT, Flow.ATTENTION, Flow.GROUPED, Flow.OTHER}),
+    Anchor.ATTENTION: ({Flow.ATTENTION}, {Flow.CONTRACT, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
+    Anchor.ROW: (set(), {Flow.CONTRACT, Flow.ATTENTION, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
+    Anchor.INDEX: ({Flow.PACKING}, {Flow.CONTRACT, Flow.ATTENTION, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
     Anchor.OPAQUE: (set(), set()),
 }
 
@@ -94,7 +96,7 @@ def _anchor_named(gm: GraphModule) -> Iterator[Violation]:
         names = {node.name for node in _body(gm, call).graph.nodes if node.op == "call_function"}
         if region.anchor_node is not None and region.anchor_node not in names:
             yield Violation(call, f"its anchor '{region.anchor_node}' is not in its body")
-        if region.anchor_node is None and region.anchor in (Anchor.GEMM, Anchor.ATTENTION):
+        if region.anchor_node is None and region.anchor in (Anchor.GEMM, Anchor.EXPERTS, Anchor.ATTENTION):
             yield Violation(call, f"a region of kind {region.anchor.value} names no anchor")
 
 
@@ -106,12 +108,12 @@ def _opaque_has_reason(gm: GraphModule) -> Iterator[Violation]:
 
 def _tile_dependence(gm: GraphModule) -> Iterator[Violation]:
     for call, region in regions(gm):
-        if region.anchor is not Anchor.GEMM:
+        if region.anchor not in (Anchor.GEMM, Anchor.EXPERTS):
             continue
         after: set[Node] = set()
         for node in _body(gm, call).graph.nodes:
             flow = traits_of(node.target).flow if node.op == "call_function" else None
-            if flow is Flow.CONTRACT:
+            if flow in (Flow.CONTRACT, Flow.GROUPED):
                 after.add(node)
             elif after & set(node.all_input_nodes) and node.op == "call_function":
                 after.add(node)

@@ -104,6 +104,16 @@ def _linear_weight(gm: GraphModule) -> Iterator[Violation]:
                 yield Violation(node, f"its weight '{weight.name}' has {len(shape_of(weight))} axes, not [N, K]")
 
 
+def _expert_weights(gm: GraphModule) -> Iterator[Violation]:
+    for node in calls(gm):
+        if traits_of(node.target).flow is Flow.GROUPED:
+            x, weight, experts = positional(node)[:3]
+            if len(shape_of(weight)) != 3:
+                yield Violation(node, f"its weight '{weight.name}' has {len(shape_of(weight))} axes, not [E, N, K]")
+            if len(shape_of(x)) != len(shape_of(experts)) + 1:
+                yield Violation(node, f"it has {len(shape_of(experts))} axes of experts, its rows have another number")
+
+
 def _axes_from_zero(gm: GraphModule) -> Iterator[Violation]:
     for node in calls(gm):
         if node.target in _AXES_AT:
@@ -160,6 +170,7 @@ SPELLING = (
     Rule("nothing_idle", "no op does nothing", _nothing_idle),
     Rule("weights_through_linear", "every product with a weight is aten.linear", _weights_through_linear),
     Rule("linear_weight", "the weight of a linear is [N, K]", _linear_weight),
+    Rule("expert_weights", "a product of experts has a weight [E, N, K] and an expert a row", _expert_weights),
     Rule("one_attention", "attention is tilewright::attention, its heads fit", _one_attention),
 )
 NORMALIZED = (

@@ -41,6 +41,11 @@ def _is_packed(node: Node) -> bool:
     return layout is not None and layout.kind is LayoutKind.PACKED
 
 
+def _is_table(node: Node) -> bool:
+    layout = find_fact(node, Layout)
+    return layout is not None and layout.kind is LayoutKind.TABLE
+
+
 def _layout_known(gm: GraphModule) -> Iterator[Violation]:
     for node in gm.graph.nodes:
         if find_fact(node, TensorType) is not None and find_fact(node, Layout) is None:
@@ -64,7 +69,7 @@ def _tokens_first(gm: GraphModule) -> Iterator[Violation]:
         shape = shape_of(node)
         if _is_packed(node) and not (shape and same_size(shape[0], TOKENS)):
             yield Violation(node, f"it is packed and has shape {tuple(map(str, shape))}")
-        elif not _is_packed(node) and TOKENS in symbols_in(shape):
+        elif not (_is_packed(node) or _is_table(node)) and TOKENS in symbols_in(shape):
             yield Violation(node, f"it is not packed and has shape {tuple(map(str, shape))}")
 
 
@@ -163,7 +168,7 @@ def _mixes(node: Node) -> str | None:
     flow, args = traits_of(node.target).flow, positional(node)
     if flow is Flow.OTHER:
         return "reads unknown places"
-    if flow in (Flow.LAST_AXIS, Flow.REDUCE) and 0 in worked_axes(node):
+    if flow in (Flow.LAST_AXIS, Flow.REDUCE, Flow.GROUPED) and 0 in worked_axes(node):
         return "works along the rows"
     if flow is Flow.CONTRACT and len(shape_of(args[0])) < 2:
         return "contracts over the rows"
@@ -182,7 +187,7 @@ PACKED = (
     Rule("queries_placed", "queries are all rows of the row index, or one selected row of each", _queries_placed),
     Rule("pages_once", "each attention has pages of its own", _pages_once),
     Rule("step_given", "places, offsets, slots and tables of attention over pages are inputs", _step_given),
-    Rule("tokens_first", "packed values, and no others, have T, as their first axis", _tokens_first),
+    Rule("tokens_first", "packed values, and no others but tables, have T, as their first axis", _tokens_first),
     Rule("gathered_once", "a value is gathered once", _gathered_once),
     Rule("scattered_once", "a value is scattered once", _scattered_once),
     Rule("stays_packed", "nothing is padded and packed again", _stays_packed),

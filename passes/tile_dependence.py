@@ -146,6 +146,25 @@ def _contract(node: Node) -> list[OperandRead]:
     return reads + [OperandRead(operand, (same(last),)) for operand in bias]
 
 
+def _grouped(node: Node) -> list[OperandRead]:
+    x, weight, experts, *tables = _operands(node)
+    last = len(_shape(node)) - 1
+    rows = _broadcast(x, (*_shape(node)[:last], _shape(x)[-1]))
+    return [
+        OperandRead(x, (*rows.axes[:last], WHOLE)),
+        OperandRead(weight, (LOOKED_UP, same(last), WHOLE)),
+        OperandRead(experts, tuple(map(same, range(last)))),
+        *(OperandRead(table, (LOOKED_UP,) * len(_shape(table))) for table in tables),
+    ]
+
+
+def _gather(node: Node) -> list[OperandRead]:
+    """Along the last axis of ``x`` anything may be read, in the row itself."""
+    x, index = _operands(node)
+    last = len(_shape(node)) - 1
+    return [OperandRead(x, (*map(same, range(last)), WHOLE)), OperandRead(index, tuple(map(same, range(last + 1))))]
+
+
 def _lookup(node: Node) -> list[OperandRead]:
     table, ids = _operands(node)[:2]
     last = len(_shape(node)) - 1
@@ -160,6 +179,11 @@ def reduced_axes(node: Node) -> tuple[int, ...]:
     if axes is None or axes == []:
         return tuple(range(rank))
     return tuple(sorted(int(a) % rank for a in ([axes] if isinstance(axes, int) else axes)))
+
+
+def reduces_last(node: Node) -> bool:
+    """Whether a REDUCE op reduces the last axis, so that its elements lie next to one another."""
+    return len(_shape(_operands(node)[0])) - 1 in reduced_axes(node)
 
 
 def _reduce(node: Node) -> list[OperandRead]:
@@ -266,6 +290,7 @@ _BY_FLOW: dict[Flow, _Rule] = {
     Flow.POINTWISE: _pointwise,
     Flow.LAST_AXIS: _last_axis,
     Flow.CONTRACT: _contract,
+    Flow.GROUPED: _grouped,
     Flow.LOOKUP: _lookup,
     Flow.REDUCE: _reduce,
 }
@@ -278,6 +303,7 @@ _BY_TARGET: dict[Any, _Rule] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.cat.default: _cat,
+    aten.gather.default: _gather,
     packing.gather_rows.default: _gather_rows,
     packing.scatter_rows.default: _scatter_rows,
     packing.first_rows.default: _first_rows,

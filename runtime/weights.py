@@ -2,7 +2,8 @@
 
 Layouts: "as_is"; "kn", a matrix [N, K] as [K, N]; "panels:P", as [ceil(N/P), K, P] with zeros after column N, so that
 a kernel that computes P columns reads one contiguous panel; "panels:P:G", as [ceil(N/P), K/G, P, G], for processors
-that sum the products of G neighbours along K in one step; "vendor", as the vendor library packs it.
+that sum the products of G neighbours along K in one step; "vendor", as the vendor library packs it. Panels of several
+matrices [.., N, K] lie one matrix after another.
 """
 
 import math
@@ -64,7 +65,7 @@ def lay_out(tensor: Tensor, layout: str, name: str = "") -> LoadedWeight:
     """One weight in a layout; contiguous and aligned to 16 bytes. "as_is" shares the memory where it can.
 
     Args:
-        tensor: any shape for "as_is", [N, K] otherwise.
+        tensor: any shape for "as_is", [.., N, K] for panels, [N, K] otherwise.
         layout: see the module.
         name: for errors.
 
@@ -78,10 +79,10 @@ def lay_out(tensor: Tensor, layout: str, name: str = "") -> LoadedWeight:
         return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
     if tensor.dim() == 2 and kind == "kn" and not width:
         return tensor.t().contiguous()
-    if tensor.dim() == 2 and kind == "panels" and width.isdigit() and int(width) > 0:
+    if tensor.dim() >= 2 and kind == "panels" and width.isdigit() and int(width) > 0:
         if not group:
-            return _panels(tensor, int(width), 1).squeeze(3)
-        if group.isdigit() and int(group) > 0 and tensor.shape[1] % int(group) == 0:
+            return _panels(tensor, int(width), 1).squeeze(-1)
+        if group.isdigit() and int(group) > 0 and tensor.shape[-1] % int(group) == 0:
             return _panels(tensor, int(width), int(group))
     if tensor.dim() == 2 and kind == "vendor" and not width:
         return _pack(tensor) if vendor_packs(tensor.dtype) else lay_out(tensor, "as_is", name)
@@ -100,16 +101,16 @@ def _pack(tensor: Tensor) -> PackedLinear:
 
 
 def _panels(tensor: Tensor, width: int, group: int) -> Tensor:
-    """[N, K] as [ceil(N / width), K / group, width, group], in large pages."""
-    n, k = tensor.shape
+    """[.., N, K] as [.., ceil(N / width), K / group, width, group], in large pages."""
+    *outer, n, k = tensor.shape
     full, rest = divmod(n, width)
-    shape = (full + (rest > 0), k // group, width, group)
+    shape = (*outer, full + (rest > 0), k // group, width, group)
     panels = empty_bytes(math.prod(shape) * tensor.element_size()).view(tensor.dtype).view(shape)
-    groups = tensor.unflatten(1, (k // group, group))
-    panels[:full] = groups[: full * width].unflatten(0, (full, width)).transpose(1, 2)
+    groups = tensor.unflatten(-1, (k // group, group))
+    panels[..., :full, :, :, :] = groups[..., : full * width, :, :].unflatten(-3, (full, width)).transpose(-3, -2)
     if rest:
-        panels[full, :, :rest] = groups[full * width :].transpose(0, 1)
-        panels[full, :, rest:] = 0
+        panels[..., full, :, :rest, :] = groups[..., full * width :, :, :].transpose(-3, -2)
+        panels[..., full, :, rest:, :] = 0
     return panels
 
 

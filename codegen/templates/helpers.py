@@ -54,6 +54,20 @@ def pow_scalar(x, exponent: tl.constexpr):
 
 
 @triton.jit
+def top_places(x, places, count, ranks, k: tl.constexpr, axis: tl.constexpr):
+    # For each rank its place: the greatest of those left, and of equal ones the first, is taken k times.
+    left = tl.broadcast_to(tl.where(places < count, places, count), x.shape)
+    x = tl.where(x != x, float("inf"), x)
+    found = ranks * 0
+    for rank in range(k):
+        greatest = tl.max(tl.where(left < count, x, float("-inf")), axis, keep_dims=True)
+        at = tl.min(tl.where(x == greatest, left, count), axis, keep_dims=True)
+        found = tl.where(ranks == rank, at, found)
+        left = tl.where(left == at, count, left)
+    return found
+
+
+@triton.jit
 def clamp(x, low: tl.constexpr, high: tl.constexpr):
     result = x
     if low is not None:

@@ -150,7 +150,9 @@ class Memory:
 
 
 def lay_out(weight: torch.Tensor, layout: str) -> torch.Tensor:
-    """A weight [N, K] in a load-time layout, written out plainly."""
+    """A weight [N, K], or weights [E, N, K], in a load-time layout, written out plainly."""
+    if weight.dim() == 3 and layout != "as_is":
+        return torch.stack([lay_out(each, layout) for each in weight])
     name, _, form = layout.partition(":")
     width, _, group = form.partition(":")
     if name == "kn":

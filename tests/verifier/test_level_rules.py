@@ -91,6 +91,15 @@ def _(gm: GraphModule) -> Node:
     return _on_result(gm, aten.linear.default, weight, shape=lambda shape: shape[:-1])
 
 
+@breaks("expert_weights", *SPELLED)
+def _(gm: GraphModule) -> Node:
+    x = returned(gm)
+    weight = next(node for node in gm.graph.nodes if node.op == "get_attr" and type_of(node).shape == (24, 24))
+    experts = insert(gm, tw.top_indices.default, (x, 2), TensorType((*type_of(x).shape[:-1], 2), torch.int64), PADDED)
+    type_ = TensorType((*type_of(experts).shape, 24), type_of(x).dtype)
+    return return_instead(gm, insert(gm, tw.expert_linear.default, (x, weight, experts), type_, PADDED))
+
+
 @breaks("one_attention", *SPELLED)
 def _(gm: GraphModule) -> Node:
     x = returned(gm)

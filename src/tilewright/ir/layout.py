@@ -17,6 +17,7 @@ class LayoutKind(Enum):
     PACKED = "packed"  # one row per kept token, T first
     PER_SEQUENCE = "per_sequence"  # one entry per sequence
     SELECTED = "selected"  # some packed rows, those whose results are wanted
+    TABLE = "table"  # made from all rows at once, in an order of its own: where the rows of each expert are
     FREE = "free"  # does not depend on the batch: weights, constants, column indices
 
 

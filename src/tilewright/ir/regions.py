@@ -19,6 +19,8 @@ class Anchor(Enum):
     """The node a region is built around; it decides the kernel family."""
 
     GEMM = "gemm"  # linear: out[M, N] = x[M, K] @ w[N, K].T
+    EXPERTS = "experts"  # grouped GEMM: each row of x is multiplied by the weight that its expert has
+    ROUTE = "route"  # which rows each expert has
     ATTENTION = "attention"
     ROW = "row"  # pointwise work and reductions along the last axis; embedding lookups may feed it
     INDEX = "index"  # the row index of packing

@@ -6,8 +6,10 @@
 from tilewright.ops import aten as aten
 from tilewright.ops import attention as attention
 from tilewright.ops import cache as cache
+from tilewright.ops import experts as experts
 from tilewright.ops import packing as packing
 from tilewright.ops import quantization as quantization
+from tilewright.ops import selection as selection
 from tilewright.ops.registry import OpSpec, all_ops, find, is_overload, register, traits_of
 from tilewright.ops.traits import Flow, Traits
 

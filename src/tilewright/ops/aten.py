@@ -124,7 +124,7 @@ for _target, _why in (
     (aten.matmul.default, "a product of two computed tensors outside attention has no kernel"),
     (aten.bmm.default, "a product of two computed tensors outside attention has no kernel"),
     (aten.index.Tensor, "general advanced indexing reads places known only at run time"),
-    (aten.topk.default, "top-k selection has no kernel"),
+    (aten.topk.default, "only the largest of the last axis, as many as the model says, have a kernel"),
     (aten.sort.default, "sorting has no kernel"),
 ):
     register(_target, Traits(Flow.OTHER, why_not=_why))

@@ -14,6 +14,8 @@ class Flow(Enum):
     POINTWISE = "pointwise"  # inputs broadcast against one another from the right; every axis flows
     LAST_AXIS = "last_axis"  # works along the last axis of input 0 (norm, softmax over -1); all others flow
     CONTRACT = "contract"  # linear: the last axis of input 0 is replaced; all others flow
+    GROUPED = "grouped"  # linear whose weight each row chooses; as CONTRACT
+    ROUTE = "route"  # tables of the rows that each weight of a GROUPED op has
     LOOKUP = "lookup"  # embedding(table, ids): the axes of ids flow, one new last axis
     REDUCE = "reduce"  # reduces the axes named by ``axes_arg``; the others flow
     VIEW = "view"  # moves elements without computing; each has a rule of its own
@@ -37,6 +39,8 @@ class Traits:
             op runs eager.
         axes_arg: position of the argument that names the axes worked on (REDUCE; LAST_AXIS ops that take an axis).
         shape_arg: for LAST_AXIS, position of the argument that lists the sizes of the trailing axes worked on.
+        row_args: for LAST_AXIS and GROUPED, positions of the operands with a row for each row of the result; their
+            leading axes are the result's. Other operands are the same for all rows.
         reduce: for REDUCE, "sum", "mean", "max", "min", "any", "all".
         zero_preserving: f(0) = 0 for a pointwise op of one tensor.
         absorbs_zero: for POINTWISE, one operand that is 0 makes the result 0, whatever finite value the others have.
@@ -48,6 +52,7 @@ class Traits:
     triton: str | None = None
     axes_arg: int | None = None
     shape_arg: int | None = None
+    row_args: tuple[int, ...] = (0,)
     reduce: str | None = None
     zero_preserving: bool = False
     absorbs_zero: bool = False

@@ -1,0 +1,118 @@
+"""Grouped GEMM kernels: ``epilogue(x[row] @ weight[expert of the row].T)``.
+
+A program computes the columns of one tile for all rows of one expert: it goes over them in tiles of many rows, and
+over the rest in tiles of few. So a panel of a weight is read from memory once however many rows there are, and not at
+all where there are none. The table of rows gives the place of each; x is read and results are stored there, so rows are
+never moved, and an epilogue finds its other operands as it would behind any product.
+"""
+
+from torch.fx import Node
+
+from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.emit_gemm import (
+    Product,
+    Tile,
+    WeightTiles,
+    multiply,
+    static_size,
+    store_tile,
+    sum_dtype,
+    tile_for,
+)
+from tilewright.codegen.evaluate import Evaluator
+from tilewright.codegen.index import Index, unravel, without_ones
+from tilewright.codegen.kernel_text import finish
+from tilewright.codegen.nodes import arguments
+from tilewright.codegen.region_call import RegionCall
+from tilewright.codegen.results import needed_nodes, peel
+from tilewright.codegen.writer import KernelWriter, Var
+from tilewright.errors import CodegenError
+from tilewright.ir.facts import TensorType, fact
+from tilewright.ir.program import KernelStep
+from tilewright.ir.sizes import ceil_div, product
+from tilewright.ops import Flow, traits_of
+
+# Rows of the tiles that go over an expert's rows, and over what is left of them.
+_MANY = "triton"
+_FEW = "triton_few"
+
+
+def emit_experts(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, ...]:
+    """The kernel of a region with one product of experts.
+
+    Raises:
+        CodegenError: the region has no or several products, or its epilogue does not follow its tiles.
+    """
+    inputs = call.read(builder)
+    anchors = [node for node in call.graph.graph.nodes if traits_of(node.target).flow is Flow.GROUPED]
+    if len(anchors) != 1:
+        raise CodegenError(
+            "a region of experts needs exactly one product", where=call.name, why=f"it has {len(anchors)}"
+        )
+    anchor = anchors[0]
+    kind, source = fact(anchor, TensorType), fact(arguments(anchor)["input"], TensorType)
+    n, k = static_size(kind.shape[-1], anchor), static_size(source.shape[-1], anchor)
+    count = static_size(fact(arguments(anchor)["weight"], TensorType).shape[0], anchor)
+    many, few = (tile_for(source.dtype, variant, k) for variant in (_MANY, _FEW))
+    writer = KernelWriter(2, register_columns=0, loop_columns=many.k)
+    writer.reserve("acc", "panel_ptr", "expert", "first", "begin", "end", "whole", "sorted_rows", "sorted_mask")
+    writer.reserve("cols", "cols_mask", "ks", "k_rows", "k_rows_mask", "k_groups", "neighbours", "grouped")
+    evaluator = Evaluator(call.graph, writer, inputs)
+    tiles = ceil_div(n, many.n)
+    column, expert = _define_program(evaluator, anchor, n, count, many)
+    panel = f"(expert.to(tl.int64) * {tiles} + tl.program_id(0))"
+    weight = WeightTiles(evaluator, builder, anchor, column, k, many, panel, (expert,))
+    results = [peel(node, view, inputs) for node, view in call.results()]
+    for tile, height, begin, end in ((many, "BLOCK_M", "begin", "whole"), (few, "BLOCK_FEW", "whole", "end")):
+        with writer.block(f"for first in range({begin}, {end}, {height}):"):
+            row = _define_rows(evaluator, anchor, height, masked=tile is few)
+            leading = fact(anchor, TensorType).shape[:-1]
+            multiply(evaluator, anchor, without_ones(unravel(row, leading), source.shape[:-1]), k, tile, weight, height)
+            evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, sum_dtype(source.dtype))
+            for result in results:
+                store_tile(evaluator, result, anchor, row, column)
+    step = finish(
+        writer,
+        family="experts",
+        summary=f"x [{', '.join(map(str, source.shape))}] times weight [{count}, {n}, {k}] transposed, each row the "
+        "weight of its expert, and what follows on the tile. A program computes columns of all rows of an expert.",
+        nodes=needed_nodes([node for node, _ in call.results()], inputs),
+        variables=evaluator.used,
+        grid=(tiles, count, 1),
+        writes=[view for _, view in call.results()],
+        num_warps=4,
+        num_stages=3,
+    )
+    return (step,)
+
+
+def _define_program(evaluator: Evaluator, anchor: Node, n: int, count: int, tile: Tile) -> tuple[Index, Index]:
+    """The program's columns and expert, and the places of the expert's rows in the table."""
+    writer = evaluator.writer
+    writer.constants.update(
+        BLOCK_M=tile.m, BLOCK_FEW=tile_for(fact(anchor, TensorType).dtype, _FEW, 1).m, BLOCK_N=tile.n
+    )
+    writer.statement("expert = tl.program_id(1)")
+    expert = writer.define(Var("expert", count))
+    writer.statement("cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]")
+    full = n % tile.n == 0
+    if not full:
+        writer.statement(f"cols_mask = cols < {n}")
+    column = writer.define(Var("cols", n, 1, "BLOCK_N", None if full else "cols_mask"))
+    offsets = arguments(anchor)["offsets"]
+    for name, place in (("begin", expert), ("end", expert + 1)):
+        writer.statement(f"{name} = {evaluator.value(offsets, (place,)).text}")
+    writer.statement("whole = begin + (end - begin) // BLOCK_M * BLOCK_M")
+    return column, expert
+
+
+def _define_rows(evaluator: Evaluator, anchor: Node, height: str, masked: bool) -> Index:
+    """The rows of a tile: their places in the table, and their numbers among all rows."""
+    writer = evaluator.writer
+    writer.statement(f"sorted_rows = first + tl.arange(0, {height})[:, None]")
+    if masked:
+        writer.statement("sorted_mask = sorted_rows < end")
+    order = arguments(anchor)["order"]
+    shape = fact(order, TensorType).shape
+    place = writer.define(Var("sorted_rows", product(shape), 0, height, "sorted_mask" if masked else None))
+    return evaluator.loaded_index(order, unravel(place, shape), product(shape))
