@@ -9,6 +9,7 @@ from torch import Tensor
 from tilewright.errors import CodegenError
 from tilewright.ir.program import Storage, Value, View, Weight
 from tilewright.ir.sizes import Size, ceil_div, contiguous_strides
+from tilewright.ops.block_panels import has_panels, panel_bytes
 
 
 def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
@@ -16,7 +17,8 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
 
     Returns:
         "as_is" and "vendor": unchanged (the vendor's own form is opaque); "kn": [K, N]; "panels:P": [ceil(N/P), K, P];
-        "panels:P:G": [ceil(N/P), K/G, P, G]. Panels of a weight [.., N, K] have its outer axes in front.
+        "panels:P:G": [ceil(N/P), K/G, P, G]; "blocks:F:P" of bytes in format F: [ceil(N/P), P * bytes of a row].
+        Panels of a weight [.., N, K] have its outer axes in front.
 
     Raises:
         CodegenError: the layout is unknown, or the weight is not a matrix, nor matrices in panels.
@@ -27,6 +29,8 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
         return shape
     if len(shape) == 2 and name == "kn" and not width:
         return (shape[1], shape[0])
+    if len(shape) == 2 and name == "blocks" and has_panels(width) and group.isdigit():
+        return panel_bytes(width, (int(shape[0]), int(shape[1])), int(group))
     if len(shape) >= 2 and name == "panels" and width.isdigit() and int(width) > 0:
         *outer, n, k = shape
         count = ceil_div(n, int(width))
@@ -36,7 +40,7 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
             return (*outer, count, k // int(group), int(width), int(group))
     raise CodegenError(
         f"no layout '{layout}' for a weight of shape {shape}",
-        hint="as_is, kn, panels:<n>, panels:<n>:<divisor of k> or vendor",
+        hint="as_is, kn, panels:<n>, panels:<n>:<divisor of k>, blocks:<format>:<n> or vendor",
     )
 
 

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.columns import define_columns
+from tilewright.codegen.emit_blocks import PANEL, is_block_product, multiply_blocks
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index, linear, reshape, same_count, unravel, without_ones
@@ -27,6 +28,7 @@ from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ir.program import KernelStep, VendorLinear, View
 from tilewright.ir.sizes import Size, ceil_div, contiguous_strides, product
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.block_linear import ROUNDED_BLOCK
 
 aten = torch.ops.aten
 
@@ -50,7 +52,9 @@ _TILES = {
 }
 # Rows of a tile by variant: of few rows up to 8; from some hundreds on tall tiles win 2 % (8 % in half types), below
 # that they lose on row counts they do not divide.
-_ROWS = {"triton_few": 4, "triton": 16, "triton_many": 32}
+_ROWS = {"triton_one": 1, "triton_few": 4, "triton": 16, "triton_many": 32}
+# With weights in block formats, eight rows cost hardly more than four: unpacking is for all rows of a tile.
+_BLOCK_ROWS = {"triton_one": 1, "triton_few": 4, "triton": 8, "triton_many": 32}
 _LEAST_STEP = 32
 
 
@@ -71,7 +75,8 @@ def emit_gemm(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[
     """The steps of a region with one product by a weight: one kernel, or the vendor's with kernels around it.
 
     Args:
-        variant: "triton", "triton_few" (tiles for row counts up to 8), "triton_many" (for some hundreds) or "vendor".
+        variant: "triton", "triton_one" (tiles of one row), "triton_few" (for row counts up to 8), "triton_many" (for
+            some hundreds) or "vendor".
 
     Raises:
         CodegenError: the region has no or several products, or its epilogue does not follow its tiles.
@@ -104,15 +109,19 @@ def _kernel(
     kind, source = fact(anchor, TensorType), fact(given["input"], TensorType)
     n, k = static_size(kind.shape[-1], anchor), static_size(source.shape[-1], anchor)
     rows = product(kind.shape[:-1])
-    tile = tile_for(source.dtype, variant, k)
+    blocks = is_block_product(anchor)
+    tile = Tile(_BLOCK_ROWS[variant], PANEL, ROUNDED_BLOCK) if blocks else tile_for(source.dtype, variant, k)
     writer = KernelWriter(2, register_columns=0, loop_columns=tile.k)
     writer.reserve("acc", "panel_ptr", "rows", "row_mask", "cols", "cols_mask", "ks", "k_rows", "k_rows_mask")
     writer.reserve("k_groups", "neighbours", "grouped")
     evaluator = Evaluator(call.graph, writer, inputs)
     row, column = _define_tile(writer, rows, n, tile)
-    acc_dtype = sum_dtype(source.dtype)
-    weight = WeightTiles(evaluator, builder, anchor, column, k, tile)
-    multiply(evaluator, anchor, unravel(row, source.shape[:-1]), k, tile, weight)
+    place = unravel(row, source.shape[:-1])
+    if blocks:
+        multiply_blocks(evaluator, builder, anchor, place, k)
+    else:
+        multiply(evaluator, anchor, place, k, tile, WeightTiles(evaluator, builder, anchor, column, k, tile))
+    acc_dtype = torch.float32 if blocks else sum_dtype(source.dtype)
     evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, acc_dtype)
     for node, view in results:
         store_tile(evaluator, peel(node, view, inputs), anchor, row, column)

@@ -20,6 +20,8 @@ from tilewright.ir.facts import TensorType, fact, find_fact, where
 from tilewright.ir.program import View
 from tilewright.ir.sizes import Size
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.block_linear import BLOCK_EMBEDDING
+from tilewright.ops.blocks import block_format
 
 aten = torch.ops.aten
 packing = torch.ops.tilewright
@@ -239,11 +241,26 @@ class Evaluator:
         return chosen
 
     def lookup(self, node: Node, index: tuple[Index, ...]) -> Register:
-        """``embedding(table, ids)``: the table at the row that the ids name."""
+        """``embedding(table, ids)``: the table at the row that the ids name; widened there, if in a block format."""
         given = arguments(node)
         table = given["weight"]
         row = self.loaded_index(given["indices"], index[:-1], fact(table, TensorType).shape[0])
+        if node.target is BLOCK_EMBEDDING:
+            return self._block_element(table, given["format"], row, index[-1])
         return self.value(table, (row, index[-1]))
+
+    def _block_element(self, table: Node, form: str, row: Index, column: Index) -> Register:
+        """An element of a table in a block format."""
+        view, dtype = self.inputs[table]
+        if block_format(form).decode is None:
+            raise CodegenError(f"numbers in {form} are looked up as such", where=where(table))
+        writer, deps = self.writer, row.deps | column.deps
+        start = writer.index_text(linear((row, constant(0)), view.strides))
+        masks = [mask for mask in (writer.mask(deps), *(guard.text for guard in self._guards)) if mask]
+        pointer = f"{writer.pointer(view, dtype, 'table')} + {start}"
+        call = f"element_{form.lower()}({pointer}, {writer.index_text(column)}, {' & '.join(masks) or 'True'})"
+        deps |= frozenset(name for guard in self._guards for name in guard.deps)
+        return Register(writer.emit("element", call, deps), torch.float32, deps)
 
     def packing(self, node: Node, index: tuple[Index, ...]) -> Register:
         """Rows picked by the row index (gather), the offsets of the sequences (first row of each) or a list of rows."""

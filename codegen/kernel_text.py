@@ -25,6 +25,7 @@ from tilewright.ops import Flow, traits_of
 _HEADER = "import triton\nimport triton.language as tl\n"
 _LONGEST_NAME = 48
 _LONGEST_LINE = 120
+_HELPER_FILES = ("helpers.py", "blocks.py")
 
 
 def finish(
@@ -120,7 +121,11 @@ def _helpers_used(code: str) -> set[str]:
 @cache
 def helper_texts() -> dict[str, str]:
     """Source of each helper function, decorator included, by name."""
-    source = (Path(__file__).parent / "templates" / "helpers.py").read_text()
-    lines = source.splitlines()
-    functions = [item for item in ast.parse(source).body if isinstance(item, ast.FunctionDef)]
-    return {f.name: "\n".join(lines[f.decorator_list[0].lineno - 1 : f.end_lineno]) for f in functions}
+    found = {}
+    for file in _HELPER_FILES:
+        source = (Path(__file__).parent / "templates" / file).read_text()
+        lines = source.splitlines()
+        for f in ast.parse(source).body:
+            if isinstance(f, ast.FunctionDef):
+                found[f.name] = "\n".join(lines[f.decorator_list[0].lineno - 1 : f.end_lineno])
+    return found

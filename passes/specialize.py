@@ -14,7 +14,9 @@ from tilewright.ir.measurements import GemmKey, Measurements
 from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
 from tilewright.ir.sizes import Size, product
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.blocks import FORMATS
 from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.rewrite import argument
 
 VENDOR = "vendor"
 
@@ -29,6 +31,7 @@ _BY_RULE: dict[str, Entries] = {
     "auto": ((8, "triton_few"), (32, "triton"), (None, VENDOR)),
     "triton": ((8, "triton_few"), (128, "triton"), (None, "triton_many")),
 }
+_BLOCKS_BY_RULE: Entries = ((1, "triton_one"), (4, "triton_few"), (16, "triton"), (None, "triton_many"))
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,15 @@ class Specialize(Pass):
         if self.gemm == "auto" and timings:
             return measured_entries(timings), True
         choice = "triton" if self.gemm in ("auto", VENDOR) and VENDOR not in variants_of(key) else self.gemm
+        if key.dtype in FORMATS and choice == "triton":
+            return _BLOCKS_BY_RULE, False
         return _BY_RULE.get(choice, ((None, choice),)), False
 
 
 def variants_of(key: GemmKey) -> tuple[str, ...]:
     """The variants there are of a product: the vendor library is not asked for whole numbers."""
-    return tuple(variant for variant in GEMM_VARIANTS if variant != VENDOR or key.dtype != "int8")
+    whole = key.dtype == "int8" or key.dtype in FORMATS
+    return tuple(variant for variant in GEMM_VARIANTS if variant != VENDOR or not whole)
 
 
 def gemm_of(body: GraphModule) -> Node:
@@ -93,8 +99,10 @@ def gemm_key(body: GraphModule) -> GemmKey:
     if not isinstance(weight, Node):
         raise TypeError(f"the weight of '{anchor.name}' is not a node")
     kind = fact(weight, TensorType)
-    n, k = (int(size) for size in kind.shape)
-    return GemmKey(n, k, str(kind.dtype).removeprefix("torch."), _around(body, anchor))
+    n, k = int(kind.shape[0]), fact(anchor.args[0], TensorType).shape[-1]  # type: ignore[arg-type]
+    stored = argument(anchor, 3, "format")
+    dtype = stored or str(kind.dtype).removeprefix("torch.")
+    return GemmKey(n, int(k), dtype, _around(body, anchor))
 
 
 def _around(body: GraphModule, anchor: Node) -> str:

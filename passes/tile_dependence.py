@@ -140,10 +140,14 @@ def _last_axis(node: Node) -> list[OperandRead]:
 
 
 def _contract(node: Node) -> list[OperandRead]:
-    x, weight, *bias = _operands(node)
+    x, weight, *rest = _operands(node)
     last = len(_shape(node)) - 1
     reads = [OperandRead(x, (*map(same, range(last)), WHOLE)), OperandRead(weight, (same(last), WHOLE))]
-    return reads + [OperandRead(operand, (same(last),)) for operand in bias]
+    # What has the axes of x is of its rows, like the scales of rounded ones; the rest is of the columns.
+    return reads + [
+        OperandRead(operand, (*map(same, range(last)), WHOLE) if len(_shape(operand)) > 1 else (same(last),))
+        for operand in rest
+    ]
 
 
 def _grouped(node: Node) -> list[OperandRead]:

@@ -3,7 +3,8 @@
 Layouts: "as_is"; "kn", a matrix [N, K] as [K, N]; "panels:P", as [ceil(N/P), K, P] with zeros after column N, so that
 a kernel that computes P columns reads one contiguous panel; "panels:P:G", as [ceil(N/P), K/G, P, G], for processors
 that sum the products of G neighbours along K in one step; "vendor", as the vendor library packs it. Panels of several
-matrices [.., N, K] lie one matrix after another.
+matrices [.., N, K] lie one matrix after another. "blocks:F:P", rows of bytes in block format F in panels of P rows, as
+in ``tilewright.ops.block_panels``.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tilewright.errors import TilewrightError
 from tilewright.ir.program import Weight
+from tilewright.ops.block_panels import has_panels, panel_bytes, to_panels
 from tilewright.runtime.pages import empty_bytes
 
 ALIGNMENT = 16
@@ -84,13 +86,19 @@ def lay_out(tensor: Tensor, layout: str, name: str = "") -> LoadedWeight:
             return _panels(tensor, int(width), 1).squeeze(-1)
         if group.isdigit() and int(group) > 0 and tensor.shape[-1] % int(group) == 0:
             return _panels(tensor, int(width), int(group))
+    if tensor.dim() == 2 and kind == "blocks" and has_panels(width) and group.isdigit():
+        panels = panel_bytes(width, (tensor.shape[0], tensor.shape[1]), int(group))
+        laid_out = empty_bytes(math.prod(panels)).view(panels)
+        to_panels(width, tensor, int(group), laid_out)
+        return laid_out
     if tensor.dim() == 2 and kind == "vendor" and not width:
         return _pack(tensor) if vendor_packs(tensor.dtype) else lay_out(tensor, "as_is", name)
     raise TilewrightError(
         f"a weight cannot be laid out as '{layout}'",
         where=f"weight '{name}'",
         why=f"its shape is {tuple(tensor.shape)}",
-        hint="layouts are as_is and, for matrices, kn, panels:<n>, panels:<n>:<divisor of k> and vendor",
+        hint="layouts are as_is and, for matrices, kn, panels:<n>, panels:<n>:<divisor of k>, vendor, and "
+        "blocks:<format>:<n> for bytes",
     )
 
 

@@ -19,6 +19,7 @@ from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size, contiguous_strides
 from tilewright.ir.stop_errors import Memory as Block
 from tilewright.ir.stop_errors import stop_error
 from tilewright.ir.stops import MemoryTable, StopRecord
+from tilewright.ops.block_panels import panel_bytes, to_panels
 
 SYMBOLS = (BATCH, SEQ, TOKENS)
 # Shapes are inferred on the meta device with a prime for each symbol, and the primes are read back from the result.
@@ -157,6 +158,10 @@ def lay_out(weight: torch.Tensor, layout: str) -> torch.Tensor:
     width, _, group = form.partition(":")
     if name == "kn":
         return weight.t().contiguous()
+    if name == "blocks":
+        out = torch.empty(panel_bytes(width, tuple(weight.shape), int(group)), dtype=torch.uint8)
+        to_panels(width, weight, int(group), out)
+        return out
     if name == "panels":
         size = int(width)
         padded = torch.nn.functional.pad(weight, (0, 0, 0, -weight.shape[0] % size))

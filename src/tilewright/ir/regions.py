@@ -72,8 +72,8 @@ class CopyBefore:
     why: str
 
 
-GEMM_VARIANTS = ("triton_few", "triton", "triton_many", "vendor")
-"""How a GEMM can be run: our kernel with tiles of few, some or many rows, or the vendor library."""
+GEMM_VARIANTS = ("triton_one", "triton_few", "triton", "triton_many", "vendor")
+"""How a GEMM can be run: our kernel with tiles of one, few, some or many rows, or the vendor library."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class BlockFormat:
         block: elements of K stored together; 0 for a whole row.
         nbytes: bytes of a block; for a whole row, those beside the elements' own.
         group: elements that share a scale; 0 for a whole row.
+        has_minimums: groups have a minimum besides.
         decode: the parts of bytes [N, row bytes]; None for elements that are numbers already.
         dtype: of such elements.
     """
@@ -60,6 +61,7 @@ class BlockFormat:
     block: int
     nbytes: int
     group: int = 0
+    has_minimums: bool = False
     decode: Callable[[Tensor], Quants] | None = None
     dtype: torch.dtype | None = None
 
@@ -275,14 +277,14 @@ FORMATS = {
         BlockFormat("F32", 1, 4, dtype=torch.float32),
         BlockFormat("F16", 1, 2, dtype=torch.float16),
         BlockFormat("BF16", 1, 2, dtype=torch.bfloat16),
-        BlockFormat("Q8_0", 32, 34, 32, _decode_q8_0),
-        BlockFormat("Q5_0", 32, 22, 32, _decode_q5_0),
-        BlockFormat("Q4_0", 32, 18, 32, _decode_q4_0),
-        BlockFormat("Q4_K", 256, 144, 32, _decode_q4_k),
-        BlockFormat("Q5_K", 256, 176, 32, _decode_q5_k),
-        BlockFormat("Q6_K", 256, 210, 16, _decode_q6_k),
-        BlockFormat("int4", 64, 36, 64, _decode_int4),
-        BlockFormat("int8", 0, 4, 0, _decode_int8),
+        BlockFormat("Q8_0", 32, 34, 32, decode=_decode_q8_0),
+        BlockFormat("Q5_0", 32, 22, 32, decode=_decode_q5_0),
+        BlockFormat("Q4_0", 32, 18, 32, decode=_decode_q4_0),
+        BlockFormat("Q4_K", 256, 144, 32, True, _decode_q4_k),
+        BlockFormat("Q5_K", 256, 176, 32, True, _decode_q5_k),
+        BlockFormat("Q6_K", 256, 210, 16, decode=_decode_q6_k),
+        BlockFormat("int4", 64, 36, 64, True, _decode_int4),
+        BlockFormat("int8", 0, 4, decode=_decode_int8),
     )
 }
 _QUANTIZE = {"int4": _quantize_int4, "int8": _quantize_int8}

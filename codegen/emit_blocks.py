@@ -1,0 +1,119 @@
+"""The product of a GEMM whose weight is in a block format: whole numbers multiplied as they are stored.
+
+For each group of a block, its numbers are unpacked to bytes and multiplied with the rows' bytes exactly; the scale of
+the group and those of the rows' blocks follow in fp32. Where a format has minimums, they are multiplied with the sums
+of the rows' blocks. A program goes through one panel of rows of the weight front to back.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.columns import define_columns
+from tilewright.codegen.evaluate import Evaluator
+from tilewright.codegen.index import Index
+from tilewright.codegen.nodes import arguments
+from tilewright.codegen.writer import Var
+from tilewright.errors import CodegenError
+from tilewright.ir.facts import where
+from tilewright.ops.block_linear import BLOCK_LINEAR, BLOCK_LINEAR_INT8, ROUNDED_BLOCK
+from tilewright.ops.block_panels import has_panels
+from tilewright.ops.blocks import block_format
+
+PANEL = 64
+"""Rows of a panel: four vectors of 16 sums, which hide the latency of the product instruction."""
+
+
+def is_block_product(node: Node) -> bool:
+    """Whether the weight of a product is in a block format."""
+    return node.target in (BLOCK_LINEAR, BLOCK_LINEAR_INT8)
+
+
+def multiply_blocks(
+    evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, rows: tuple[Index, ...], k: int
+) -> None:
+    """Writes ``acc``: the tile's rows times one panel.
+
+    Args:
+        anchor: a ``block_linear_int8``.
+        rows: place of the tile's rows along the axes of x but the last.
+        k: elements of a row.
+
+    Raises:
+        CodegenError: the rows are not rounded, the format has no panels, or the weight is computed.
+    """
+    if anchor.target is not BLOCK_LINEAR_INT8:
+        raise CodegenError(
+            "a product in a block format has a kernel for rounded rows only",
+            where=where(anchor),
+            why="its rows are floating-point numbers",
+            hint='activations="int8" rounds them',
+        )
+    given, writer = arguments(anchor), evaluator.writer
+    form = block_format(given["format"])
+    if not has_panels(form.name):
+        raise CodegenError(f"no kernel multiplies weights in {form.name}", where=where(anchor))
+    writer.reserve("block", "block_ptr", "group", "panel_ptr", "x_block", "numbers", "scale", "minimum", "total")
+    panels = _panels(evaluator, builder, anchor, f"blocks:{form.name}:{PANEL}")
+    writer.statement(f"panel_ptr = {panels} + tl.program_id(1).to(tl.int64) * ({form.row_bytes(k)} * BLOCK_N)")
+    writer.statement("acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
+    size = min(form.group, ROUNDED_BLOCK)
+    given_rows = _Rows(evaluator, anchor, rows, k)
+    with writer.block(f"for block in range(0, {k // form.block}):"):
+        writer.statement(f"block_ptr = panel_ptr + block * ({form.nbytes} * BLOCK_N)")
+        with writer.block(f"for group in tl.static_range({form.block // size}):"):
+            x = given_rows.bytes(f"block * {form.block} + group * {size}", size)
+            x_scale, x_sum = given_rows.scales(
+                f"block * {form.block // ROUNDED_BLOCK} + group * {size} // {ROUNDED_BLOCK}"
+            )
+            writer.statement(f"numbers, scale, minimum = unpack_{form.name.lower()}(block_ptr, group, BLOCK_N)")
+            writer.statement(f"total = tl.dot({x}, numbers, out_dtype=tl.int32)")
+            writer.statement(f"acc += total.to(tl.float32) * scale * {x_scale}")
+            if form.has_minimums:
+                writer.statement(f"acc -= minimum * {x_sum}")
+
+
+def _panels(evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, layout: str) -> str:
+    node = arguments(anchor)["weight"]
+    view = evaluator.inputs.get(node, (None, None))[0]
+    if view is None or not builder.is_weight(view.value) or view != builder.whole(view.value):
+        raise CodegenError(
+            "a weight in a block format is laid out at load time, and this one is computed", where=where(anchor)
+        )
+    laid_out = builder.whole(builder.weight_layout(view.value, layout))
+    return evaluator.writer.pointer(laid_out, torch.uint8, "weight")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rounded rows of the tile: bytes, scales and sums at places along K."""
+
+    evaluator: Evaluator
+    anchor: Node
+    rows: tuple[Index, ...]
+    k: int
+
+    def bytes(self, start: str, size: int) -> str:
+        """``size`` elements from ``start`` on, [BLOCK_M, size]."""
+        node, writer = arguments(self.anchor)["input"], self.evaluator.writer
+        writer.column_names[self.k] = "ks"
+        column = define_columns(writer, "ks", self.k, size, start, masked=False)
+        value = self.evaluator.raw(node, (*self.rows, column), torch.int8)
+        if writer.axes(value.deps) == {0, 1}:
+            return value.text
+        return writer.emit(value.text, f"tl.broadcast_to({value.text}, [BLOCK_M, BLOCK_KS])", value.deps)
+
+    def scales(self, block: str) -> tuple[str, str]:
+        """Scale and sum of each row's block, [BLOCK_M, 1]; no sum where the format has no use for it."""
+        given, writer = arguments(self.anchor), self.evaluator.writer
+        writer.statement(f"x_block = {block}")
+        place = writer.define(Var("x_block", self.k // ROUNDED_BLOCK))
+        texts = []
+        for node in (given["scales"], given["sums"]):
+            if node is None:
+                texts.append("")
+                continue
+            texts.append(self.evaluator.number(node, (*self.rows, place), torch.float32).text)
+        return texts[0], texts[1]
