@@ -81,12 +81,14 @@ def bench(contenders: dict[str, Contender], cases: list[str], rounds: int, repor
         workers, failed = stack.enter_context(started(makes))
         for case in cases:
             inputs = batch(LENGTHS[case])
+            before = gauge.result(inputs)
             expected = reference.result(inputs)
             limit = TOO_SLOW * reference.seconds(inputs, limit=60.0)
             errors, wrong = check(workers, contenders, inputs, expected)
             seconds, left = in_turn({name: workers[name] for name in errors}, inputs, rounds, limit)
             work = operations(BertConfig(), LENGTHS[case])
-            rates = dict(zip(LIMITS, gauge.result(inputs).tolist(), strict=True))
+            reached = numpy.fmax(before, gauge.result(inputs))  # what disturbs a loop makes it slower, never faster
+            rates = dict(zip(LIMITS, reached.tolist(), strict=True))
             floors = {kind: work / rate for kind, rate in rates.items() if rate > 0}
             report({"case": case, "gflop": work / 1e9, "floors": floors, "seconds": seconds, "errors": errors,
                     "failed": failed | wrong | left})  # fmt: skip

@@ -6,6 +6,7 @@ up one contender and is idle until the parent sends it a batch. Seconds are meas
 """
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -26,8 +27,9 @@ Run = Callable[[dict[str, torch.Tensor]], Any]
 Make = Callable[[], Run]
 
 SET_UP_SECONDS = 300.0  # limit of a set-up, and of a first call, which may compile
-# Threads of a contender spin for a while after its call and would take the processor from the next one. So each turn
-# begins with a pause, in which they fall asleep, and with a call that is not counted, which wakes its own.
+# Threads of a contender spin for a while after its call and would take the processor from the next one: those of ONNX
+# Runtime for 60 ms, others for at most 10 ms (CPU time of idle workers, measured). So each turn begins with a pause, in
+# which they fall asleep, and with a call that is not counted, which wakes its own.
 PAUSE_SECONDS = 0.3
 TURN_SECONDS = 0.2  # of counted calls, where one call is shorter
 CLOSE_SECONDS = 2.0  # for a process to end by itself
@@ -166,6 +168,7 @@ def _serve(connection: Connection, make: Make) -> None:
         made: list[Run] = []
         set_up = _outcome(lambda: made.append(make()))
         # Exporters and converters leave gigabytes in the heap, and all workers are there at once.
+        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         connection.send(set_up)
         while made:
