@@ -44,7 +44,8 @@ class AddCache(Pass):
     """Turns a packed causal graph into one step of generation.
 
     Its inputs are then the tokens [T], what ``tilewright.ir.steps.StepBatch`` says of them, and for each attention
-    pages of keys [N, Hkv, page_size, D] and of values; its output is one row for each wanted one.
+    pages of keys [N, Hkv, D, page_size] and of values [N, Hkv, page_size, Dv]; its output is one row for each wanted
+    one.
 
     Attributes:
         page_size: slots of a page.
@@ -122,7 +123,9 @@ class _StepWriter:
     def _pages(self, kind: str, new: Node) -> Node:
         type_ = fact(new, TensorType)
         _, heads, size = type_.shape
-        shape = (PAGES, heads, self.options.page_size, size)
+        slots = self.options.page_size
+        # Keys lie with their slots together: scores are then products of rows that are read as they are stored.
+        shape = (PAGES, heads, size, slots) if kind == "key_pages" else (PAGES, heads, slots, size)
         name = f"{kind}_{self.attentions}"
         return self._input(name, shape, self.options.dtype or type_.dtype, Layout(LayoutKind.FREE), state=True)
 

@@ -19,6 +19,8 @@ ONLINE = "online"
 
 # Without measurements the form that takes any length: it is never far from the fastest.
 _BY_RULE: Entries = ((None, ONLINE),)
+# Decoding has one query a sequence; whatever has more is prefill, or contains some.
+_OVER_PAGES: Entries = ((1, "paged_few"), (None, "paged_many"))
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class SpecializeAttention(Pass):
             anchor = attention_of(gm.get_submodule(str(node.target)))  # type: ignore[arg-type]
             length = key_length(anchor)
             if over_pages(anchor):
-                set_fact(node, AttentionTable(length, ((None, "paged"),)))
+                set_fact(node, AttentionTable(length, _OVER_PAGES))
                 continue
             entries, measured = self._entries(attention_key(anchor))
             if isinstance(length, int):
@@ -103,10 +105,11 @@ def over_pages(anchor: Node) -> bool:
 
 
 def key_length(anchor: Node) -> Size:
-    """Bound of the keys of one sequence; over pages, the number of new ones."""
+    """Bound of the keys of one sequence; over pages, of its queries: each has one of the new tokens at least."""
     given = _arguments(anchor)
     if "page_table" in given:
-        return fact(given["k"], TensorType).shape[0]  # type: ignore[arg-type]
+        new, table = (fact(given[name], TensorType) for name in ("k", "page_table"))  # type: ignore[arg-type]
+        return new.shape[0] - table.shape[0] + 1
     if "max_seqlen_k" not in given:
         return fact(given["k"], TensorType).shape[2]  # type: ignore[arg-type]
     length = given["max_seqlen_k"]

@@ -12,7 +12,7 @@ _IDS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 _PLAIN = {**_IDS, **_SIZES, "pad_token_id": 0, "max_position_embeddings": 96}
 _GROUPED = {**_PLAIN, "num_key_value_heads": 2}
-_HEADS = {**_GROUPED, "head_dim": 8}
+_HEADS = {**_GROUPED, "head_dim": 16}
 _SCALED = {"query_pre_attn_scalar": 8, "sliding_window": WINDOW}
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 

@@ -108,8 +108,8 @@ online softmax, for 32 queries or for 16; all keys in one tile; two grouped prod
 """
 
 
-PAGED_VARIANTS = ("paged",)
-"""How attention over pages can be run."""
+PAGED_VARIANTS = ("paged_few", "paged_many")
+"""How attention over pages can be run: tiles for one query of each sequence, or for many."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class AttentionTable:
     """Fact on an attention region from the specialized level on: a variant for every padded length, once.
 
     Attributes:
-        length: bound of the keys of a sequence, which the table is indexed by; over pages, the number of new tokens.
+        length: bound of the keys of a sequence, which the table is indexed by; over pages, that of its queries.
         entries: (inclusive upper bound, variant of ``ATTENTION_VARIANTS`` or, over pages, ``PAGED_VARIANTS``) in rising
             order; the last bound is None.
         measured: True when the bounds come from measurements, False when from the default rule.

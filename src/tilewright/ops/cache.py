@@ -39,7 +39,7 @@ def attention_paged_reference(
 
     Args:
         q: [Tq, Hq, D]. k: [T, Hkv, D]. v: [T, Hkv, Dv]. Any strides.
-        key_pages: [N, Hkv, G, D], written. value_pages: [N, Hkv, G, Dv], written. Their dtype may be narrower than
+        key_pages: [N, Hkv, D, G], written. value_pages: [N, Hkv, G, Dv], written. Their dtype may be narrower than
             that of keys and values, which are rounded to it; all keys are read from there, the new ones too.
         places: [T] int32, ``page * G + slot % G`` of each new token.
         cu_seqlens_q: [B + 1] int32, first query row of each sequence; the last entry is Tq.
@@ -53,9 +53,10 @@ def attention_paged_reference(
     Returns:
         [Tq, Hq, Dv], contiguous, dtype of q.
     """
-    slots = key_pages.shape[2]
-    for new, pages in ((k, key_pages), (v, value_pages)):
-        pages[places.long() // slots, :, places.long() % slots] = new.to(pages.dtype)
+    slots = value_pages.shape[2]
+    page, slot = places.long() // slots, places.long() % slots
+    key_pages[page, :, :, slot] = k.to(key_pages.dtype)
+    value_pages[page, :, slot] = v.to(value_pages.dtype)
     out = q.new_zeros((q.shape[0], q.shape[1], v.shape[2]))
     offsets = cu_seqlens_q.tolist()
     for sequence, (first, last) in enumerate(itertools.pairwise(offsets)):
@@ -66,7 +67,7 @@ def attention_paged_reference(
         table = page_table[sequence, : -(-count // slots)].long()
         keys, values = (
             pages[table].transpose(0, 1).flatten(1, 2)[None, :, :count].to(q.dtype)
-            for pages in (key_pages, value_pages)
+            for pages in (key_pages.transpose(2, 3), value_pages)
         )
         key = torch.arange(count, device=q.device)
         allowed = key[None] <= query[:, None]
