@@ -52,6 +52,8 @@ def _fold(rw: Rewriter, node: Node) -> bool:
     if str(node.target) not in _VIEWS and numel > _SMALL:
         return False
     values = {n: get_tensor(rw.gm, n) for n in operands}
+    if any(value.is_meta for value in values.values()):
+        return False  # contents come later, under the name they have now
     with torch.no_grad():
         result = node.target(  # type: ignore[operator]
             *torch.fx.node.map_arg(node.args, values.__getitem__),

@@ -1,12 +1,13 @@
 """The order of all passes, and how they are run. This list is the only place that knows it."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch.fx import GraphModule
 
 from tilewright import settings
 from tilewright.errors import OptionError
 from tilewright.ir.measurements import Measurements
+from tilewright.ir.stored_weight import StoredParameter
 from tilewright.passes.add_cache import AddCache
 from tilewright.passes.base import Observer, Pass, PassRecord, run_pass
 from tilewright.passes.find_regions import FindRegions
@@ -14,12 +15,15 @@ from tilewright.passes.merge_linears import MergeLinears
 from tilewright.passes.normalize import normalization
 from tilewright.passes.outline_regions import OutlineRegions
 from tilewright.passes.place import Place
+from tilewright.passes.quantize_blocks import QuantizeBlocks
 from tilewright.passes.quantize_linears import QuantizeLinears
 from tilewright.passes.remove_padding import RemovePadding
+from tilewright.passes.round_rows import RoundRows
 from tilewright.passes.route_experts import RouteExperts
 from tilewright.passes.slice_rows import SliceRows
 from tilewright.passes.specialize import Specialize
 from tilewright.passes.specialize_attention import SpecializeAttention
+from tilewright.passes.store_blocks import StoreBlocks
 from tilewright.passes.verify import verify as verify_graph
 
 OPTIONAL = (SliceRows.name, MergeLinears.name)
@@ -32,9 +36,11 @@ def pipeline(
     gemm: str = "auto",
     measurements: Measurements | None = None,
     attention: str = "auto",
-    quantize: bool = False,
+    quantize: str = "",
     without: Collection[str] = (),
     cache: AddCache | None = None,
+    stored: Mapping[str, StoredParameter] | None = None,
+    activations: str = "int8",
 ) -> tuple[Pass, ...]:
     """The passes for these options, in order.
 
@@ -45,8 +51,10 @@ def pipeline(
         gemm: as of ``Specialize``.
         measurements: timings of variants on this machine.
         attention: as of ``SpecializeAttention``.
-        quantize: products with weights in whole numbers of 8 bits; not at level 0.
+        quantize: "int8" or "int4": products with weights in whole numbers of 8 or of 4 bits; not at level 0.
         without: names of passes to leave out, of those in ``OPTIONAL``.
+        stored: weights that a file stores in blocks, as of ``StoreBlocks``.
+        activations: of products with weights in blocks: "int8" rounds them by blocks of 32, "float" does not.
         cache: the pass that makes the graph one step of generation, where that is wanted.
 
     Raises:
@@ -57,10 +65,12 @@ def pipeline(
     if unknown := [name for name in without if name not in OPTIONAL]:
         raise OptionError(f"no pass {unknown[0]!r} can be left out", hint=f"choose among {', '.join(OPTIONAL)}")
     normalize = normalization()  # first: every other pass knows one spelling of each op
+    # Linears and embeddings have one spelling now, and everything after it sees what the weights really are.
+    front = (*normalize, *((StoreBlocks(stored),) if stored else ()))
     if opt_level == 0:
-        return normalize
+        return front
     return (
-        *normalize,
+        *front,
         # Where keys are cached, no token depends on the padded batch.
         RemovePadding(
             unpad, (cache.tokens, cache.positions) if cache is not None else ()
@@ -72,7 +82,9 @@ def pipeline(
         # After the rows are settled, as linears of one value may want different ones; before regions, which grow by it.
         *((MergeLinears(),) if opt_level > 1 and MergeLinears.name not in without else ()),
         # Merged weights are rounded once; regions then hold the roundings and scales as they hold all pointwise work.
-        *((QuantizeLinears(),) if quantize else ()),
+        *((QuantizeLinears(),) if quantize == "int8" else (QuantizeBlocks(quantize),) if quantize else ()),
+        # Likewise; weights in blocks are those just quantized, or stored so.
+        *((RoundRows(),) if activations == "int8" and (stored or quantize not in ("", "int8")) else ()),
         FindRegions(fuse=opt_level > 1),  # needs the final ops and their types; only tags
         OutlineRegions(),  # acts on the tags, and nothing may come between them
         SpecializeAttention(attention, measurements or Measurements()),  # by what its region computes, as below

@@ -134,7 +134,7 @@ def test_compiled(opt_level: int, unpad: str) -> None:
     assert compiled.stats.eager_steps == 0
 
 
-@pytest.mark.parametrize("dtype", ["int4", "float", torch.int16, 8])
+@pytest.mark.parametrize("dtype", ["int2", "float", torch.int16, 8])
 def test_unknown_types_are_refused(dtype: object) -> None:
     with pytest.raises(OptionError, match="is not a choice"):
         tilewright.compile(torch.nn.Linear(4, 4).eval(), dtype=dtype)

@@ -1,6 +1,7 @@
 """State of one kernel's lowering and the evaluation of tensors at points."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -155,6 +156,13 @@ class Context:
     def new_buffer(self, type_: Type, op: Op | None) -> Buffer:
         """Scratch for a tensor; the padding lets vectors narrower than a register be read whole."""
         return Buffer(self.scratch(op, type_.nbytes + 64), type_.elem, type_.shape)
+
+    @contextmanager
+    def vectors_of(self, lanes: int) -> Iterator[None]:
+        """Loops written inside have vectors of that many lanes."""
+        before, self.width = self.width, lanes
+        yield
+        self.width = before
 
     def bind(self, value: Value, binding: Binding) -> None:
         self.bindings[value] = binding

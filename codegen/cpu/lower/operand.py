@@ -17,7 +17,7 @@ from tilewright.codegen.cpu.lower.nest import (
 )
 from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
-from tilewright.codegen.cpu.ttir.plan import grouped_load
+from tilewright.codegen.cpu.ttir.plan import grouped_source
 from tilewright.codegen.cpu.ttir.records import I32, Elem, Op, Type, Value
 
 
@@ -63,14 +63,18 @@ def tile_of(ctx: Context, value: Value, elem: Elem) -> Tile:
 
 
 def grouped_tile_of(ctx: Context, value: Value, group: int) -> Tile | None:
-    """A matrix that a kernel loads from memory where groups of rows are interleaved; None if it is no such one.
+    """A matrix whose groups of rows are interleaved as it is loaded or computed; None if it is no such one.
 
-    In Triton: a load of shape [K / group, N, group], ``permute(0, 2, 1)``, ``reshape(K, N)``. It is how weights are
-    laid out for processors that sum the products of a group in one lane.
+    In Triton: a tile of shape [K / group, N, group], ``permute(0, 2, 1)``, ``reshape(K, N)``. It is how weights are
+    laid out for processors that sum the products of a group in one lane. A tile that is computed, as one unpacked from
+    fewer bits, is written to scratch in this order.
     """
-    load = grouped_load(value)
-    if load is None or any(v in ctx.bindings for v in _chain(value, load)):
+    source = grouped_source(value)
+    if source is None or any(v in ctx.bindings for v in _chain(value, source)[:-1]):
         return None
+    load = source.op
+    if load is None or load.name != "tt.load" or source in ctx.bindings:
+        return _grouped_scratch(ctx, source, group)
     strides = _strides(ctx, load.operands[0])
     if strides is None or strides[1][1:] != [str(group), "1"] or load.result.shape[2] != group:
         return None
@@ -83,9 +87,19 @@ def grouped_tile_of(ctx: Context, value: Value, group: int) -> Tile | None:
     return Tile(strides[0], strides[1][0], False, value.elem, grouped=True)
 
 
-def _chain(value: Value, load: Op) -> list[Value]:
+def _grouped_scratch(ctx: Context, source: Value, group: int) -> Tile | None:
+    if source.shape[2] != group:
+        return None
+    columns = source.shape[1]
+    # A reshape keeps the order of elements: the tile is written in the shape it is computed in, which vectors fit.
+    while source not in ctx.bindings and source.op is not None and source.op.name == "tt.reshape":
+        source = source.op.operands[0]
+    return Tile(materialize(ctx, source).ptr, str(columns * group), False, source.elem, grouped=True)
+
+
+def _chain(value: Value, source: Value) -> list[Value]:
     chain = [value]
-    while chain[-1] is not load.result:
+    while chain[-1] is not source:
         op = chain[-1].op
         assert op is not None  # a chain that was followed before
         chain.append(op.operands[0])

@@ -17,7 +17,7 @@ from tilewright.codegen.cpu.lower.nest import (
     scalar_nest,
 )
 from tilewright.codegen.cpu.ttir.plan import MOVES, is_lazy
-from tilewright.codegen.cpu.ttir.records import Op, Type, Value
+from tilewright.codegen.cpu.ttir.records import I8, Op, Type, Value
 
 # Operations that may stand between a tile and the reduction that takes it along, besides lazy and scalar ones.
 _NO_EFFECT = ("arith.", "math.", "tt.get_program_id", "tt.get_num_programs", "tt.splat")
@@ -26,6 +26,18 @@ _NO_EFFECT = ("arith.", "math.", "tt.get_program_id", "tt.get_num_programs", "tt
 def materialize(ctx: Context, value: Value, buffer: Buffer | None = None, op: Op | None = None) -> Buffer:
     """Evaluates a whole tile into scratch memory (a new buffer unless one is given)."""
     target = buffer or ctx.new_buffer(Type(value.elem, value.shape), op or value.op)
+    with ctx.vectors_of(4 * ctx.width if _is_bytes(ctx, value) else ctx.width):
+        _write_tile(ctx, value, target)
+    return target
+
+
+def _is_bytes(ctx: Context, value: Value) -> bool:
+    """Whether a tile is of bytes made of bytes: then vectors hold four times as many elements."""
+    loads = [v for v in expression(ctx, value) if v.op is not None and v.op.name == "tt.load" and v.type.is_tensor]
+    return value.elem == I8 and all(v.elem == I8 for v in loads)
+
+
+def _write_tile(ctx: Context, value: Value, target: Buffer) -> None:
     axis = best_axis(ctx, value.shape, leaf_pointers(ctx, value))
     parts = row_parts(ctx, value, axis)
     tail = constant_tail(ctx, value, axis) if value.shape[axis] > ctx.width else None
@@ -47,7 +59,6 @@ def materialize(ctx: Context, value: Value, buffer: Buffer | None = None, op: Op
     if tail is not None:
         single = tuple(1 if a == axis else size for a, size in enumerate(value.shape))
         scalar_nest(ctx, single, lambda row: fill_tail(ctx, target, row, axis, tail.bound, tail.literal))
-    return target
 
 
 def fill_tail(ctx: Context, buffer: Buffer, row: Point, axis: int, bound: str, literal: str) -> None:

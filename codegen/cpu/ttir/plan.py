@@ -229,28 +229,26 @@ class Plan:
         )
 
 
-def grouped_load(value: Value) -> Op | None:
-    """The load of ``reshape(trans(load, (0, 2, 1)))`` from [K / g, N, g] to [K, N]; None for anything else."""
+def grouped_source(value: Value) -> Value | None:
+    """The tile [K / g, N, g] of ``reshape(trans(tile, (0, 2, 1)))`` to [K, N]; None for anything else."""
     reshape = value.op
     if reshape is None or reshape.name != "tt.reshape" or len(value.shape) != 2:
         return None
     turn = reshape.operands[0].op
     if turn is None or turn.name != "tt.trans" or order_of(turn) != (0, 2, 1):
         return None
-    load = turn.operands[0].op
-    if load is None or load.name != "tt.load":
-        return None
-    groups, columns, group = load.result.shape
-    return load if value.shape == (groups * group, columns) else None
+    source = turn.operands[0]
+    groups, columns, group = source.shape
+    return source if value.shape == (groups * group, columns) else None
 
 
 def _feeds_grouped(value: Value, users: dict[Value, list[Op]]) -> bool:
-    """Whether a value is a link of the chain of ``grouped_load`` that ends in dot products only."""
+    """Whether a value is a link of the chain of ``grouped_source`` that ends in dot products only."""
     following = users.get(value, [])
     while len(following) == 1 and following[0].name in ("tt.trans", "tt.reshape"):
         value = following[0].result
         following = users.get(value, [])
-    return grouped_load(value) is not None and all(user.name == "tt.dot" for user in following)
+    return grouped_source(value) is not None and all(user.name == "tt.dot" for user in following)
 
 
 def is_lazy(op: Op) -> bool:

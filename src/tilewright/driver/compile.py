@@ -82,7 +82,9 @@ def compile(
         dtype: "fp32", "bf16", "fp16" or "fp64", or torch's own: what the model is converted to, as ``model.to`` does.
             On a processor that does not multiply half types they are computed in fp32, and results rounded to them.
             "int8": products with weights in whole numbers of 8 bits, weights rounded once for each output channel, rows
-            when they are computed; all else, and what is returned, in the model's own. None: the model as it is.
+            when they are computed; all else, and what is returned, in the model's own. "int4": likewise with weights of
+            4 bits in groups of 64, each from its least to its largest element, and rows rounded by blocks of 32. None:
+            the model as it is.
         opt_level: 0 captures, normalizes and runs reference kernels (the oracle); 1 adds packing; 2 adds fusion and
             measured GEMM tables; 3 tunes longer.
         unpad: "auto" removes padding where it is legal and records why where not; "on" refuses instead of padding;

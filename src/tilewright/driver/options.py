@@ -15,7 +15,8 @@ _CHOICES = {
     "target": ("auto", "cpu", "cuda"),
     "gemm": ("auto", "triton", "vendor"),
 }
-INT8 = "int8"
+QUANTIZED = ("int8", "int4")
+"""Weights that are rounded to whole numbers when a model is compiled."""
 _NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
@@ -38,14 +39,14 @@ class CompileOptions:
                 raise OptionError(
                     f"{name}={value!r} is not a choice", hint=f"choose one of {', '.join(map(repr, choices))}"
                 )
-        if self.dtype not in (None, INT8, torch.int8, *_NAMES, *_NAMES.values()):
-            names = ", ".join(map(repr, (*_NAMES, INT8)))
+        if self.dtype not in (None, torch.int8, *QUANTIZED, *_NAMES, *_NAMES.values()):
+            names = ", ".join(map(repr, (*_NAMES, *QUANTIZED)))
             raise OptionError(
                 f"dtype={self.dtype!r} is not a choice", hint=f"choose None, one of {names}, or torch's own"
             )
         if self.quantized and self.opt_level == 0:
             raise OptionError(
-                "dtype='int8' has no effect at opt_level=0",
+                f"dtype='{self.quantized}' has no effect at opt_level=0",
                 why="that level runs the model's own operations, and products become whole numbers after it",
                 hint="choose opt_level 1, 2 or 3",
             )
@@ -58,9 +59,10 @@ class CompileOptions:
             )
 
     @property
-    def quantized(self) -> bool:
-        """Whether products with weights are computed in whole numbers of 8 bits."""
-        return self.dtype in (INT8, torch.int8)
+    def quantized(self) -> str:
+        """The one of ``QUANTIZED`` that weights of products are rounded to; "" for none."""
+        name = "int8" if self.dtype is torch.int8 else self.dtype
+        return name if isinstance(name, str) and name in QUANTIZED else ""
 
     @property
     def model_dtype(self) -> torch.dtype | None:
