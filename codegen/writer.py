@@ -54,6 +54,7 @@ _RESERVED = (
     "tanh",
     "gelu",
     "pow_scalar",
+    "sign",
     "clamp",
     *map(str, SYMBOLS),
     "float",

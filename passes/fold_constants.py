@@ -19,7 +19,7 @@ _VIEWS = frozenset({"aten.permute.default", "aten.unsqueeze.default", "aten.sque
 
 @dataclass(frozen=True)
 class FoldConstants(Pass):
-    """Computes calls whose operands are all constants, where the result is a view of one or small.
+    """Computes calls whose operands are all constants, where the result is a view of one, small, or no larger than one.
 
     Weights are read when the model is compiled: a change of them afterwards is seen through views, not through what is
     computed here.
@@ -38,7 +38,7 @@ class FoldConstants(Pass):
 
 
 def _fold(rw: Rewriter, node: Node) -> bool:
-    """Computes a call whose operands are all constants, if the result is a view or small."""
+    """Computes a call whose operands are all constants, if the result takes no more memory than they do, or little."""
     if node.op != "call_function" or find_fact(node, TensorType) is None or find_fact(node, TupleType) is not None:
         return False
     operands = node.all_input_nodes
@@ -49,11 +49,12 @@ def _fold(rw: Rewriter, node: Node) -> bool:
     if not all(isinstance(size, int) for size in shape):
         return False
     numel = torch.Size(shape).numel()
-    if str(node.target) not in _VIEWS and numel > _SMALL:
-        return False
     values = {n: get_tensor(rw.gm, n) for n in operands}
     if any(value.is_meta for value in values.values()):
         return False  # contents come later, under the name they have now
+    most = max(value.nbytes for value in values.values())
+    if str(node.target) not in _VIEWS and numel > _SMALL and numel * fact(node, TensorType).dtype.itemsize > most:
+        return False
     with torch.no_grad():
         result = node.target(  # type: ignore[operator]
             *torch.fx.node.map_arg(node.args, values.__getitem__),

@@ -18,6 +18,7 @@ def normalization() -> tuple[Pass, ...]:
         NormalizePointwise(),  # first: it removes conversions and fills that hide views
         NormalizeViews(),  # every pattern below knows one spelling of each view
         FoldConstants(),  # weights that are computed from weights, e.g. 1 + w, become weights
+        NormalizePointwise(),  # what has become a constant of no axes is a number beside a tensor
         RecognizeLinear(),
         RecognizeNorms(),
         RecognizeTopK(),

@@ -153,6 +153,28 @@ def _expand(rw: Rewriter, node: Node) -> Node | None:
     return rw.call(node, aten.expand.default, source, sizes, type=type_)
 
 
+@_rule(aten.repeat.default)
+def _repeat(rw: Rewriter, node: Node) -> Node | None:
+    """Copies end to end along an axis: an axis of copies in front of it, which is joined with it."""
+    source, counts, type_ = operand(node), operand(node, 1), fact(node, TensorType)
+    shape = (1,) * (len(counts) - rank_of(source)) + shape_of(source)
+    for _ in range(len(counts) - rank_of(source)):
+        source = rw.call(node, aten.unsqueeze.default, source, 0)
+    wide: list[Any] = []
+    for count, size in zip(counts, shape, strict=True):
+        if count != 1 and size != 1:
+            source = rw.call(node, aten.unsqueeze.default, source, len(wide))
+            wide.append(count)
+        wide.append(count if count != 1 and size == 1 else -1)
+    if wide.count(-1) < len(wide):
+        source = rw.call(node, aten.expand.default, source, wide)
+    if len(wide) == len(counts):
+        return source
+    known = shape_of(source)
+    sizes = [s if isinstance(s, int) else rw.size(node, s, [source]) if s in known else -1 for s in type_.shape]
+    return rw.call(node, aten.reshape.default, source, sizes, type=type_) if sizes.count(-1) < 2 else None
+
+
 @_rule(aten.slice.Tensor)
 def _slice(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)

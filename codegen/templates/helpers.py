@@ -68,6 +68,11 @@ def top_places(x, places, count, ranks, k: tl.constexpr, axis: tl.constexpr):
 
 
 @triton.jit
+def sign(x):
+    return tl.where(x > 0, 1, tl.where(x < 0, -1, 0)).to(x.dtype)
+
+
+@triton.jit
 def clamp(x, low: tl.constexpr, high: tl.constexpr):
     result = x
     if low is not None:

@@ -178,6 +178,8 @@ POINTWISE = [
     (aten.exp.default, ()),
     (aten.erf.default, ()),
     (aten.relu.default, ()),
+    (aten.ceil.default, ()),
+    (aten.sign.default, ()),
     (aten.clamp.default, (None, 0.5)),
     (aten.clamp.default, (-0.5, 0.5)),
     (aten.pow.Tensor_Scalar, (2,)),
@@ -208,6 +210,22 @@ def test_pointwise_ops_are_accurate(op: object, more: tuple[object, ...] | None,
         assert ((found[0][41:].double() - small).abs() / small.abs()).max() < (
             1e-6 if dtype == torch.float32 else 1e-14
         )
+
+
+@pytest.mark.parametrize("length", [1, 150])
+def test_buckets_of_distances(length: int) -> None:
+    """Integers to logarithms and back, as relative positions are grouped; the sign is one of integers."""
+    body = Body()
+    made = {"dtype": torch.int64, "device": torch.device("cpu")}
+    place = body.call(aten.arange.start_step, 0, SEQ, 1, **made)
+    apart = body.call(
+        aten.sub.Tensor, body.call(aten.unsqueeze.default, place, 1), body.call(aten.unsqueeze.default, place, 0)
+    )
+    size = body.call(aten.add.Tensor, body.call(aten.abs.default, apart), 0.3)
+    group = body.call(aten.ceil.default, body.call(aten.mul.Tensor, body.call(aten.log.default, size), 3.7))
+    signed = body.call(aten.mul.Tensor, group, body.call(aten.sign.default, apart))
+    gm = body.module(body.call(torch.ops.prims.convert_element_type.default, signed, torch.int64))
+    assert_matches(gm, [], {SEQ: length}, 0)
 
 
 def test_strided_inputs_are_read_in_place() -> None:

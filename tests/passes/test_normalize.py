@@ -19,6 +19,7 @@ from tilewright.passes.normalize import normalization
 GONE = (
     "view", "transpose", "aten.t.", "contiguous", "alias", "detach", "dropout", "_to_copy", "aten.to.", "type_as",
     "assert", "addmm", "aten.mm.", "Scalar_", "split", "chunk", "unbind", "stack", "flatten", "squeeze.dim.",
+    "aten.repeat.",
 )  # fmt: skip
 
 
@@ -111,6 +112,7 @@ REWRITTEN: dict[str, Callable[..., Any]] = {
         x[..., -20:4],
     ),
     "permutes": lambda _, x: x.view(*x.shape[:2], 2, 8).permute(0, 2, 3, 1).permute(1, 3, 2, 0).permute(2, 0, 1, 3),
+    "repeats": lambda _, x: (x.repeat(1, 2, 1), x.repeat(2, 1, 1, 3), x[:, :1].repeat(1, 3, 2), x.repeat(1, 1, 1)),
     "scalars": lambda _, x: torch.add(2 - x, x.square(), alpha=3) / 2 + 1 - torch.sub(x, x, alpha=2),
     "neutral": lambda _, x: ((x + 0) * 1).to(torch.float32).expand_as(x),
     "fills": lambda _, x: (
@@ -161,6 +163,23 @@ def test_repeated_heads_are_dropped() -> None:
     assert find_fact(node.args[1], TensorType).shape[1] == 2
     assert "aten.expand.default" not in ops(gm)
     _agree(gm, model)
+
+
+def test_folded_constants_take_no_more_memory_than_their_operands() -> None:
+    """A table through a projection is computed at once, however large; what grows is computed at each call."""
+    table, grown = torch.randn(300, 256), torch.randn(400, 1)
+
+    def model(_: Any, x: Tensor) -> Any:
+        folded = (nn.functional.linear(table, torch.ones(256, 256)) * torch.tensor(2.0).sqrt()).sum(0)
+        return x[..., :1] + folded, x / torch.tensor(3.0).log(), grown * torch.ones(1, 400)
+
+    gm, _ = _normalized(model)
+    counts = ops(gm)
+    assert "aten.linear.default" not in counts
+    assert "aten.sum.dim_IntList" not in counts
+    assert counts["aten.mul.Tensor"] == 1
+    (scaled,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.div.Tensor)
+    assert isinstance(scaled.args[1], float)
 
 
 EXPECTED = {

@@ -33,6 +33,8 @@ _UNARY = {
     aten.neg.default: ("-{0}", True),
     aten.abs.default: ("tl.abs({0})", True),
     aten.floor.default: ("tl.floor({0})", True),
+    aten.ceil.default: ("tl.ceil({0})", True),
+    aten.sign.default: ("sign({0})", True),
     aten.exp.default: ("tl.exp({0})", False),
     aten.log.default: ("tl.log({0})", False),
     aten.sqrt.default: ("tl.sqrt({0})", True),
