@@ -64,6 +64,7 @@ def _attend(tile: AttentionTile, place: Place) -> None:
             "peak = new_peak",
         ):
             writer.statement(line)
+    tile.count_pads(place, row)
     writer.statement(f"attention = acc / {tile.by_rows('tl.where(total == 0.0, 1.0, total)')}")
     tile.store(place, row)
 

@@ -9,7 +9,8 @@ their pages keys lie with the slots together, so both products read what is stor
 import torch
 from torch.fx import Node
 
-from tilewright.codegen.attention_tile import LEAST_DOT, LOG2_E
+from tilewright.codegen.attention_scores import LOG2_E
+from tilewright.codegen.attention_tile import LEAST_DOT
 from tilewright.codegen.columns import define_columns, next_power_of_2
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.evaluate import Evaluator

@@ -76,5 +76,6 @@ def _attend(tile: AttentionTile, place: Place, block: str) -> None:
         writer.statement(f"total = tl.sum(weights, {tile.key_axis}, keep_dims=True){extra}")
         cast = "" if problem.dtype == problem.compute else f".to({TL_TYPES[problem.dtype]})"
         writer.statement(f"acc = {dot(tile.by_rows(f'weights{cast}'), v, None, problem.dtype)}")
+        tile.count_pads(place, row)
         writer.statement(f"attention = acc / {tile.by_rows('tl.where(total == 0.0, 1.0, total)')}")
         tile.store(place, row)

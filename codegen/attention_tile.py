@@ -1,8 +1,8 @@
 """Parts that all forms of attention share: a program's place, tiles of operands, scores with their mask, the store.
 
-Scores are to base 2, with the factor in the scale: exponentials are ``exp2``. Where a program goes over keys, scores
+Where a program goes over keys, scores
 are [keys, queries]: keys are read as they are stored, one behind the other, and only the queries, which stay, are
-turned. A bias is stored query by query, and with one scores are [queries, keys].
+turned. A bias is stored query by query, and with one, as with tables, scores are [queries, keys].
 """
 
 from collections.abc import Iterator
@@ -13,19 +13,18 @@ import torch
 from torch.fx import Node
 
 from tilewright.codegen.attention_problem import AttentionProblem
+from tilewright.codegen.attention_scores import LOG2_E, AttentionScores, Place
 from tilewright.codegen.columns import define_columns, next_power_of_2
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.evaluate import Evaluator
-from tilewright.codegen.index import Index, constant, linear, reshape, same_count, variable, without_ones
+from tilewright.codegen.index import Index, linear, reshape, same_count, variable, without_ones
 from tilewright.codegen.nodes import literal
 from tilewright.codegen.results import peel, store
-from tilewright.codegen.views import broadcast
 from tilewright.codegen.writer import KernelWriter, Register, Var
 from tilewright.errors import CodegenError
 from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ir.sizes import contiguous_strides
 
-LOG2_E = 1.4426950408889634
 LEAST_DOT = 16
 """Smallest side of a tile of ``tl.dot``."""
 
@@ -33,22 +32,8 @@ _NAMES = (
     *("tile", "head", "sequence", "top", "key_first", "key_last", "last_query", "rows", "row_mask", "d", "dv"),
     *("queries", "query_mask", "turned"),
     *("d_rows", "keys", "key_mask", "key_rows", "key_row_mask", "scores", "peak", "new_peak", "shift", "weights"),
-    *("fade", "total", "acc", "attention", "part", "parts", "part_mask", "inverse"),
+    *("fade", "total", "acc", "attention", "part", "parts", "part_mask", "inverse", "pads"),
 )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a program stands: index variables that the parts of a kernel share.
-
-    The text names ``key_first`` and ``key_last``: first key and end of the keys that the program's queries may see.
-    ``query_last`` is the text of the end of the sequence's queries.
-    """
-
-    sequence: Index
-    head: Index
-    top: str
-    query_last: str
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,7 @@ class Keys:
     text: str
 
 
-class AttentionTile:
+class AttentionTile(AttentionScores):
     """A kernel under construction that computes, for one head of one sequence, a block of queries.
 
     Args:
@@ -77,10 +62,9 @@ class AttentionTile:
     """
 
     def __init__(self, problem: AttentionProblem, span: int) -> None:
-        self.problem, self.given = problem, problem.given
-        self.writer = KernelWriter(2)
-        self.writer.reserve(*_NAMES)
-        self.evaluator = Evaluator(problem.call.graph, self.writer, problem.inputs)
+        writer = KernelWriter(2)
+        writer.reserve(*_NAMES)
+        super().__init__(problem, writer, Evaluator(problem.call.graph, writer, problem.inputs))
         self.writer.constants["BLOCK_M"] = span
         self._span = "BLOCK_M"
 
@@ -201,7 +185,8 @@ class AttentionTile:
     @property
     def turned(self) -> bool:
         """Whether scores are [keys, queries]."""
-        return not isinstance(self.given["bias"], Node)
+        by_query = (self.given[name] for name in ("bias", "query_table", "key_table"))
+        return not self.given["uniform_pads"] and not any(isinstance(each, Node) for each in by_query)
 
     @property
     def key_axis(self) -> int:
@@ -223,18 +208,13 @@ class AttentionTile:
         if not self.turned:
             return Queries(row, q)
         query = self.queries(place, top)
-        factor = f" * {literal(self._factor)}" if self._scaled_queries else ""
+        factor = f" * {literal(self.factor)}" if self._scaled_queries else ""
         self.writer.statement(f"turned = tl.trans({q}{factor})")
         return Queries(query, "turned")
 
     @property
     def _scaled_queries(self) -> bool:
         return self.problem.dtype == self.problem.compute
-
-    @property
-    def _factor(self) -> float:
-        scale, cap = float(self.given["scale"]), float(self.given["softcap"])
-        return scale / cap if cap > 0.0 else scale * LOG2_E
 
     def read_keys(self, place: Place, start: str, block: str) -> Keys:
         """A tile of keys from ``start`` as the scores want it."""
@@ -273,7 +253,7 @@ class AttentionTile:
         """Text of the values' tile; a key that is not valid has zeros, whatever is stored there: 0 * NaN is NaN."""
         problem = self.problem
         index = problem.index(place.sequence, key_row, place.head // problem.group, self.head_axis("dv"))
-        if not isinstance(self.given.get("valid"), Node):
+        if not isinstance(self.given.get("valid"), Node) or self.given["uniform_pads"]:
             return self.evaluator.raw(self.given["v"], index, problem.dtype).text
         valid = self.evaluator.number(self.given["valid"], (place.sequence, key_row), torch.bool)
         with self.evaluator.guarded(valid):
@@ -286,52 +266,23 @@ class AttentionTile:
         sink = self.evaluator.number(self.given["sinks"], (place.head,), self.problem.compute)
         return self.writer.emit("sink", f"{sink.text} * {LOG2_E}", sink.deps)
 
-    # Scores
-
-    def finish_scores(self, place: Place, row: Index, key: Index, scaled: bool = False) -> None:
-        """Scale, softcap, bias and mask of ``scores``, in the order of the op's definition."""
-        writer, given = self.writer, self.given
-        cap = float(given["softcap"])
-        if not scaled:
-            writer.statement(f"scores = scores * {literal(self._factor)}")
-        if cap > 0.0:
-            writer.statement(f"scores = tanh(scores) * {literal(cap * LOG2_E)}")
-        if isinstance(given["bias"], Node):
-            shape = fact(given["bias"], TensorType).shape
-            full = (place.sequence, place.head, self.slot(row, "q"), self.slot(key, "k"))
-            index = broadcast(full[4 - len(shape) :], shape)
-            bias = self.evaluator.number(given["bias"], index, self.problem.compute)
-            writer.statement(f"scores = scores + {bias.text} * {LOG2_E}")
-        allowed = " & ".join(self._allowed(place, row, key))
-        writer.statement(f'scores = tl.where({allowed}, scores, float("-inf"))')
-
-    def slot(self, row: Index, of: str) -> Index:
-        """The column of a query ("q") or a key ("k") in the padded batch."""
-        if not self.problem.packed:
-            return row
-        return self.evaluator.loaded_index(self.given[f"slots_{of}"], (row,), self.problem.key_length)
-
-    def _allowed(self, place: Place, row: Index, key: Index) -> list[str]:
-        """Conditions under which a query sees a key."""
-        problem, given, text = self.problem, self.given, self.writer.index_text
-        conditions = [self.writer.mask(key.deps) or "True"]
-        offset = constant(0) if problem.packed else constant(problem.key_length - problem.length)
-        if isinstance(given.get("valid"), Node):
-            conditions.append(self.evaluator.number(given["valid"], (place.sequence, key), torch.bool).text)
-        if given["causal"] and problem.apart:
-            conditions.append(f"({text(self.slot(key, 'k'))} <= {text(self.slot(row, 'q'))})")
-        elif given["causal"]:
-            # Rows of a sequence are in the order of their slots.
-            conditions.append(f"({text(key)} <= {text(row + offset)})")
-        if given["window_left"] >= 0:
-            query = self.slot(row, "q") + offset + constant(-given["window_left"])
-            conditions.append(f"({text(self.slot(key, 'k'))} >= {text(query)})")
-        if given["window_right"] >= 0:
-            query = self.slot(row, "q") + offset + constant(given["window_right"])
-            conditions.append(f"({text(self.slot(key, 'k'))} <= {text(query)})")
-        return conditions
-
     # Results
+
+    def count_pads(self, place: Place, row: Index) -> None:
+        """Adds to ``total`` and ``acc`` of a packed query that is padding the places of its sequence without a key: all
+        hold what stands at its own, the row before the first key."""
+        if not (self.given["uniform_pads"] and self.problem.packed):
+            return
+        writer, problem = self.writer, self.problem
+        writer.statement(f"pads = {writer.size(problem.key_length)} - (key_last - key_first)")
+        own = writer.define(Var("key_first", problem.key_bound)) + -1
+        exists = Register(writer.emit("own_exists", "key_first > 0", own.deps), torch.bool, own.deps)
+        index = problem.index(place.sequence, own, place.head // problem.group, self.head_axis("dv"))
+        with self.evaluator.guarded(exists):
+            value = self.evaluator.number(self.given["v"], index, problem.compute)
+        is_pad = self.is_pad(place, row)
+        writer.statement(f"acc = tl.where({is_pad}, acc + pads * {value.text}, acc)")
+        writer.statement(f"total = tl.where({is_pad}, total + pads, total)")
 
     def store(self, place: Place, row: Index) -> None:
         """Evaluates what follows the attention on its tile, ``attention`` in the text, and stores it."""

@@ -10,6 +10,7 @@ from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.region_call import RegionCall
 from tilewright.codegen.results import depends_on
 from tilewright.errors import CodegenError
+from tilewright.ir.facts import where
 from tilewright.ir.program import KernelStep
 from tilewright.ir.regions import ATTENTION_VARIANTS, PAGED_VARIANTS
 from tilewright.ops import Flow, traits_of
@@ -41,5 +42,7 @@ def emit_attention(call: RegionCall, builder: ProgramBuilder, variant: str) -> t
     if longest is None:
         return (*steps, *emit_online(problem, 16 if variant == "online_16" else 32))
     if variant == "long":
+        if problem.given["uniform_pads"]:
+            raise CodegenError("the long form has no queries that are padding", where=where(anchors[0]))
         return (*steps, *emit_long(problem, builder, longest))
     return (*steps, *emit_short(problem, longest))

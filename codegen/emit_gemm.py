@@ -3,6 +3,7 @@
 A program computes one tile of the result. Weights are laid out once, at load time, in panels of the tile's width, so
 that the K loop reads them front to back and no tile needs a mask along N. A norm in front of the product needs whole
 rows: its statistics are computed in loops over K before the main one, by every program again, which pays for few rows.
+A product of heads has a program axis more: each head multiplies its own part of x with its own rows of the weight.
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from tilewright.ir.program import KernelStep, VendorLinear, View
 from tilewright.ir.sizes import Size, ceil_div, contiguous_strides, product
 from tilewright.ops import Flow, traits_of
 from tilewright.ops.block_linear import ROUNDED_BLOCK
+from tilewright.ops.head_linear import HEAD_LINEAR
 
 aten = torch.ops.aten
 
@@ -56,6 +58,7 @@ _ROWS = {"triton_one": 1, "triton_few": 4, "triton": 16, "triton_many": 32}
 # With weights in block formats, eight rows cost hardly more than four: unpacking is for all rows of a tile.
 _BLOCK_ROWS = {"triton_one": 1, "triton_few": 4, "triton": 8, "triton_many": 32}
 _LEAST_STEP = 32
+_PANEL = "tl.program_id(1).to(tl.int64)"
 
 
 def tile_for(dtype: torch.dtype, variant: str, k: int) -> Tile:
@@ -87,6 +90,8 @@ def emit_gemm(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[
     if len(anchors) != 1:
         raise CodegenError("a GEMM region needs exactly one linear", where=call.name, why=f"it has {len(anchors)}")
     anchor = anchors[0]
+    if variant == "vendor" and anchor.target is HEAD_LINEAR:
+        raise CodegenError("the vendor library has no product of heads", where=where(anchor))
     if variant == "vendor":
         return _vendor(call, builder, inputs, results, anchor)
     if variant not in _ROWS:
@@ -108,19 +113,24 @@ def _kernel(
     given = arguments(anchor)
     kind, source = fact(anchor, TensorType), fact(given["input"], TensorType)
     n, k = static_size(kind.shape[-1], anchor), static_size(source.shape[-1], anchor)
-    rows = product(kind.shape[:-1])
+    heads = kind.shape[-2] if anchor.target is HEAD_LINEAR else None
+    rows = product(kind.shape[: -1 if heads is None else -2])
     blocks = is_block_product(anchor)
     tile = Tile(_BLOCK_ROWS[variant], PANEL, ROUNDED_BLOCK) if blocks else tile_for(source.dtype, variant, k)
     writer = KernelWriter(2, register_columns=0, loop_columns=tile.k)
     writer.reserve("acc", "panel_ptr", "rows", "row_mask", "cols", "cols_mask", "ks", "k_rows", "k_rows_mask")
-    writer.reserve("k_groups", "neighbours", "grouped")
+    writer.reserve("k_groups", "neighbours", "grouped", "head")
     evaluator = Evaluator(call.graph, writer, inputs)
     row, column = _define_tile(writer, rows, n, tile)
+    of_weight, panel = column, _PANEL
+    if heads is not None:
+        row, of_weight, panel = _of_head(writer, heads, row, column, n, tile)
     place = unravel(row, source.shape[:-1])
     if blocks:
         multiply_blocks(evaluator, builder, anchor, place, k)
     else:
-        multiply(evaluator, anchor, place, k, tile, WeightTiles(evaluator, builder, anchor, column, k, tile))
+        weight = WeightTiles(evaluator, builder, anchor, of_weight, k, tile, panel)
+        multiply(evaluator, anchor, place, k, tile, weight)
     acc_dtype = torch.float32 if blocks else sum_dtype(source.dtype)
     evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, acc_dtype)
     for node, view in results:
@@ -128,15 +138,25 @@ def _kernel(
     return finish(
         writer,
         family="gemm",
-        summary=f"x [{', '.join(map(str, source.shape))}] times weight [{n}, {k}] transposed, and what follows on the "
-        "tile. A program computes one tile.",
+        summary=f"x [{', '.join(map(str, source.shape))}] times weight [{n}, {k}] transposed, "
+        f"{'by head, ' if heads is not None else ''}and what follows on the tile. A program computes one tile.",
         nodes=needed_nodes([node for node, _ in results], inputs),
         variables=evaluator.used,
-        grid=(ceil_div(rows, tile.m), ceil_div(n, tile.n), 1),
+        grid=(ceil_div(rows, tile.m), ceil_div(n, tile.n), 1 if heads is None else heads),
         writes=[view for _, view in results],
         num_warps=4,
         num_stages=3,
     )
+
+
+def _of_head(
+    writer: KernelWriter, heads: Size, row: Index, column: Index, n: int, tile: Tile
+) -> tuple[Index, Index, str | None]:
+    """Row among those of all heads, row of the weight, and its panel, where panels divide the rows of a head."""
+    writer.statement("head = tl.program_id(2)")
+    head = writer.define(Var("head", heads))
+    panel = f"(head * {n // tile.n} + tl.program_id(1)).to(tl.int64)" if n % tile.n == 0 else None
+    return row * heads + head, head * n + column, panel
 
 
 def static_size(size: Size, node: Node) -> int:
@@ -240,7 +260,7 @@ class WeightTiles:
     """The weight's tiles [BLOCK_K, BLOCK_N] at the places of the K loop.
 
     Args:
-        panel: number of the panel that the program reads, as text in 64 bits.
+        panel: number of the panel that the program reads, as text in 64 bits; None where it reads no whole one.
         outer: index along the weight's axes in front of [N, K], if it has such.
     """
 
@@ -252,7 +272,7 @@ class WeightTiles:
         column: Index,
         k: int,
         tile: Tile,
-        panel: str = "tl.program_id(1).to(tl.int64)",
+        panel: str | None = _PANEL,
         outer: tuple[Index, ...] = (),
     ) -> None:
         self.outer = outer
@@ -261,7 +281,8 @@ class WeightTiles:
         self.panels: str | None = None
         self.group = 1
         view = evaluator.inputs.get(self.node, (None, None))[0]
-        if view is not None and builder.is_weight(view.value) and view == builder.whole(view.value):
+        whole = view is not None and builder.is_weight(view.value) and view == builder.whole(view.value)
+        if view is not None and whole and panel is not None:
             group = builder.interleaved.get(self.dtype, 1)
             self.group = group if tile.k % group == 0 and k % tile.k == 0 else 1
             form = f"panels:{tile.n}" if self.group == 1 else f"panels:{tile.n}:{self.group}"

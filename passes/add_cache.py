@@ -167,7 +167,10 @@ class _StepWriter:
             node.args = (self.ids, 0)
 
     def _attention(self, node: Node) -> None:
-        q, k, v, _, _, _, slots_q, slots_k, bias, sinks, _, _, scale, causal, left, right, cap = positional(node)
+        q, k, v, _, _, _, slots_q, slots_k, bias, sinks, _, _, scale, causal, left, right, cap, *tables = positional(
+            node
+        )
+        table = next((each for each in tables if isinstance(each, Node)), None)
         why = None
         if slots_q is not slots_k:
             why = "its queries are not all tokens"
@@ -175,6 +178,8 @@ class _StepWriter:
             why = "it sees keys that come after its query"
         elif bias is not None:
             why = f"its bias '{bias.name}' is made for a whole batch"
+        elif table is not None:
+            why = f"its table '{table.name}' is made for a whole batch"
         if why:
             raise CacheRefused("the model cannot go on from a cache", where=where(node), why=why)
         keys, values = self._pages("key_pages", k), self._pages("value_pages", v)

@@ -7,6 +7,7 @@ from tilewright.ir.regions import CopyBefore
 from tilewright.ir.sizes import Size, product
 from tilewright.ir.views import Strided, apply_view, contiguous, is_contiguous, row_stride, same_size, same_sizes
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.head_linear import HEAD_LINEAR
 from tilewright.passes.anchors import is_view
 
 
@@ -28,6 +29,8 @@ def find_copies(gm: GraphModule, in_regions: set[Node]) -> dict[Node, CopyBefore
             layouts[node] = moved or layouts[node]
         elif traits_of(node.target).flow is Flow.CONTRACT and node.args[0] not in in_regions:
             x = node.args[0]
+            if node.target is HEAD_LINEAR:
+                continue  # no vendor's form, and our kernel reads any strides
             if isinstance(x, Node) and row_stride(layouts[x]) is None:
                 why = "the rows of a GEMM's operand must lie at one distance from one another"
                 copies[node] = CopyBefore((node.all_input_nodes.index(x),), why)

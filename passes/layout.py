@@ -35,6 +35,7 @@ from tilewright.passes.layout_axes import (
     worked_axes,
 )
 from tilewright.passes.layout_pads import constant_of, pad_value
+from tilewright.passes.layout_pads_alike import check_pads_alike
 from tilewright.passes.layout_validity import NotPackable, Validity, is_valid_like
 
 aten = torch.ops.aten
@@ -108,6 +109,8 @@ class _Analysis:
                 self._needs_padded(node, self._packed_operands(node), _unknown(node))
         if self.validity is not None:
             self._check_validity_is_padded(self.validity.node)
+        if self.first:
+            check_pads_alike(self.gm, self.layouts)
         return Packing(self.layouts, self.validity, frozenset(self.padded_again), frozenset(self.first))
 
     def _layout(self, node: Node) -> Layout:
@@ -326,8 +329,11 @@ class _Analysis:
     def _attention(self, node: Node) -> Layout:
         if self.validity is None:
             return self._unpacked(node, (0, 1))
-        q, k, v, _, bias, sinks = positional(node)[:6]
-        for name, operand in (("queries", q), ("keys", k), ("values", v)):
+        q, k, v, _, bias, sinks, *_, query_table, _, key_table, _, _ = positional(node)
+        tables = (("table of queries", query_table), ("table of keys", key_table))
+        for name, operand in (("queries", q), ("keys", k), ("values", v), *tables):
+            if operand is None:
+                continue
             shape = shape_of(operand)
             # Features of packed values have fixed sizes, so these two sizes also say where their tokens are.
             if not (same_size(shape[0], BATCH) and same_size(shape[2], SEQ)):

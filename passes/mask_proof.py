@@ -1,5 +1,6 @@
 """Proves what an additive attention mask allows, from its formula over (batch b, head h, query q, key k)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +29,13 @@ class Conjunction:
 
     Attributes:
         valid: formulas over elements at (b, k).
+        queries: formulas that also hold, at (b, q), written over (b, k): what a token must be to attend at all.
         left, right: greatest distance of a key to the left and right of the query; None for no limit.
         never: nothing is allowed.
     """
 
     valid: list[Element] = field(default_factory=list)
+    queries: list[Element] = field(default_factory=list)
     left: int | None = None
     right: int | None = None
     never: bool = False
@@ -58,10 +61,33 @@ def prove(elements: Elements, term: Node) -> Conjunction:
         and q - k.
     """
     result = Conjunction()
-    _conjoin(elements, _kept(elements, _formula(elements, term)), result)
+    formula = _formula(elements, term)
+    _conjoin(elements, _kept(elements, formula), result)
     if result.never:
         raise NotProved("it allows nothing")
+    if result.queries and not _pads_are_uniform(result, formula, dtype_of(term)):
+        raise NotProved("it blocks queries otherwise than all keys of those that are no keys themselves, by one number")
     return result
+
+
+def _pads_are_uniform(found: Conjunction, formula: Element, dtype: torch.dtype) -> bool:
+    """Whether queries that attend to nothing are those that are no keys, and weigh all keys alike.
+
+    So they do where their scores become one number: one so low that adding it to a score gives it alone.
+    """
+    swamps = max(torch.finfo(dtype).min, -1e30)
+    numbers = [float(leaf.value) for leaf in _leaves(formula) if isinstance(leaf, Number | Integer) and _lowest(leaf)]
+    one = all(float("-inf") < number <= swamps for number in numbers)
+    ordered = found.left is not None or found.right is not None
+    return one and not ordered and set(found.queries) == set(found.valid)
+
+
+def _leaves(element: Element) -> Iterator[Element]:
+    if isinstance(element, Apply):
+        for arg in element.args:
+            yield from _leaves(arg)
+    else:
+        yield element
 
 
 def _kept(elements: Elements, element: Element) -> Element:
@@ -87,7 +113,12 @@ def _kept(elements: Elements, element: Element) -> Element:
 
 
 def _lowest(factor: Element) -> bool:
-    return isinstance(factor, Number | Integer) and bool(factor.value <= LOWEST)
+    match factor:
+        case Number(value):
+            return value <= LOWEST
+        case Integer(value):
+            return bool(value.is_Integer and value <= LOWEST)
+    return False
 
 
 def _zero(elements: Elements, element: Element) -> Element:
@@ -135,9 +166,28 @@ def _conjoin(elements: Elements, element: Element, result: Conjunction) -> None:
             _order(name, a - b, result)
             _order(name, -a - b, result)
         case _:
-            _require_token(element)
-            if element not in result.valid:
-                result.valid.append(element)
+            moved = _of_query(element)
+            _require_token(moved or element)
+            conditions = result.valid if moved is None else result.queries
+            if (moved or element) not in conditions:
+                conditions.append(moved or element)
+
+
+def _of_query(element: Element) -> Element | None:
+    """The condition over (b, k) where it reads tensors at (b, q) alone; None for any other."""
+    places = [leaf.index for leaf in _leaves(element) if isinstance(leaf, Load)]
+    if not places or any(Q not in index or K in index for index in places):
+        return None
+    return _moved(element)
+
+
+def _moved(element: Element) -> Element:
+    match element:
+        case Load(node, index):
+            return Load(node, tuple(K if i == Q else i for i in index))
+        case Apply(name, args):
+            return Apply(name, tuple(map(_moved, args)))
+    return element
 
 
 def _simple(elements: Elements, element: Element) -> Element:
@@ -158,6 +208,8 @@ def _simple(elements: Elements, element: Element) -> Element:
             return _simple(elements, inner)
         case "bool", [Apply("bool" | "and" | "or" | "not" | "lt" | "le" | "gt" | "ge" | "eq" | "ne") as inner]:
             return inner
+        case "bool", [Apply("mul", (a, b))]:
+            return _simple(elements, Apply("and", (Apply("bool", (a,)), Apply("bool", (b,)))))
         case "bool", [Apply("where", (condition, a, b))]:
             return _simple(elements, Apply("where", (condition, Apply("bool", (a,)), Apply("bool", (b,)))))
         case "not", [Number(value)]:

@@ -6,8 +6,10 @@ from tilewright.passes.merge_equal import MergeEqual
 from tilewright.passes.normalize_pointwise import NormalizePointwise
 from tilewright.passes.normalize_views import NormalizeViews
 from tilewright.passes.recognize_attention import RecognizeAttention
+from tilewright.passes.recognize_head_linear import RecognizeHeadLinear
 from tilewright.passes.recognize_linear import RecognizeLinear
 from tilewright.passes.recognize_norms import RecognizeNorms
+from tilewright.passes.recognize_score_tables import RecognizeScoreTables
 from tilewright.passes.recognize_top_k import RecognizeTopK
 from tilewright.passes.recover_mask import RecoverMask
 
@@ -20,10 +22,12 @@ def normalization() -> tuple[Pass, ...]:
         FoldConstants(),  # weights that are computed from weights, e.g. 1 + w, become weights
         NormalizePointwise(),  # what has become a constant of no axes is a number beside a tensor
         RecognizeLinear(),
+        RecognizeHeadLinear(),
         RecognizeNorms(),
         RecognizeTopK(),
         RecognizeAttention(),  # after linear: what is left of matmul multiplies two computed tensors
-        NormalizeViews(),  # attention yields another order of axes, which cancels against the views around it
+        RecognizeScoreTables(),  # before masks: what is left of a bias may be one
         RecoverMask(),  # needs the masks as operands of attention
+        NormalizeViews(),  # attention yields another order of axes, which cancels against the views around it
         MergeEqual(),  # last: recognized ops can be equal where their formulas were not
     )

@@ -259,13 +259,22 @@ class PackingRewriter:
         return packed_view(self.build, node, rows, self.layouts[sources[0]], layout, self.plain)
 
     def _attention(self, node: Node, layout: Layout) -> Node:
-        q, k, v, _, bias, sinks, *rest = positional(node)
+        q, k, v, _, bias, sinks, *options, query_table, query_index, key_table, key_index, uniform = positional(node)
         operand_layout = Layout(LayoutKind.PACKED, 0, 2)
-        rows = [self.operand(x, 4, operand_layout) for x in (q, k, v)]
-        optional = [None if x is None else self.plain(x) for x in (bias, sinks)]
+
+        def rows_of(x: Node | None) -> Node | None:
+            return None if x is None else self.operand(x, 4, operand_layout)
+
+        def plain(x: Node | None) -> Node | None:
+            return None if x is None else self.plain(x)
+
+        rows = [rows_of(x) for x in (q, k, v)]
+        tables = (rows_of(query_table), plain(query_index), rows_of(key_table), plain(key_index))
+        # Where no column is kept for its place, no query is padding.
+        rest = (*options, *tables, uniform and bool(self.packing.first))
         index = self.build.index
         offsets = (index.cu_seqlens, index.key_start, index.seqlens_k, index.slots, index.slots)
-        args = (*rows, *offsets, *optional, self.build.size(SEQ), self.build.size(SEQ), *rest)
+        args = (*rows, *offsets, plain(bias), plain(sinks), self.build.size(SEQ), self.build.size(SEQ), *rest)
         type_ = packed_type(fact(node, TensorType), layout)
         packed = Layout(LayoutKind.PACKED, 0, 1)
         return self.build.call(tw.attention_packed.default, args, type_, node, packed, name=node.name)

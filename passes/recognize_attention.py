@@ -8,6 +8,7 @@ may be capped.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch.fx import GraphModule, Node
 
@@ -27,11 +28,16 @@ LOWEST = -1e4
 
 @dataclass
 class _Scores:
-    """What is found on the way from the softmax to the product of queries and keys."""
+    """What is found on the way from the softmax to the product of queries and keys.
+
+    Attributes:
+        heads: number of heads, where products are of batches [B * H, S, D].
+    """
 
     scale: float = 1.0
     softcap: float = 0.0
     biases: list[Node] = field(default_factory=list)
+    heads: int | None = None
 
 
 class _NotAttention(Exception):
@@ -92,29 +98,34 @@ def _additive(rw: Rewriter, node: Node, mask: Node, dtype: torch.dtype) -> Node:
     if dtype_of(mask) != torch.bool:
         return mask
     blocked = rw.call(node, aten.logical_not.default, mask)
-    return _blocked(rw, node, blocked, dtype)
+    return _blocked(rw, node, blocked, dtype, float("-inf"))
 
 
-def _blocked(rw: Rewriter, node: Node, blocked: Node, dtype: torch.dtype) -> Node:
-    """-inf where ``blocked``, else 0."""
+def _blocked(rw: Rewriter, node: Node, blocked: Node, dtype: torch.dtype, value: float) -> Node:
+    """``value``, which stands for no attention, where ``blocked``, else 0."""
     device = rw.types.device
     zero = rw.call(node, aten.full.default, [], 0.0, dtype=dtype, device=device)
-    lowest = rw.call(node, aten.full.default, [], float("-inf"), dtype=dtype, device=device)
+    lowest = rw.call(node, aten.full.default, [], float(value), dtype=dtype, device=device)
     return rw.call(node, aten.where.self, blocked, lowest, zero)
 
 
 def _from_formula(rw: Rewriter, softmax: Node) -> Node | None:
     """Looks from a softmax at what feeds it and what reads it."""
     weights = softmax
-    while len(weights.users) == 1 and is_call(next(iter(weights.users)), CONVERT):
-        weights = next(iter(weights.users))
+    merged: int | None = None
+    while len(weights.users) == 1:
+        user = next(iter(weights.users))
+        heads = _heads(weights, user)
+        if not is_call(user, CONVERT) and heads is None:
+            break
+        weights, merged = user, merged or heads
     users = list(weights.users)
     product = next(
         (u for u in users if is_call(u, aten.matmul.default, aten.bmm.default) and u.args[0] is weights), None
     )
     if product is None:
         return None
-    found = _find_scores(rw, product, operand(softmax))
+    found = _find_scores(rw, product, operand(softmax), merged)
     if found is None:
         return None
     if len(users) != 1 or len(softmax.users) != 1:
@@ -123,12 +134,23 @@ def _from_formula(rw: Rewriter, softmax: Node) -> Node | None:
     return _emit(rw, product, (query, key, operand(product, 1)), scores, False)
 
 
-def _find_scores(rw: Rewriter, at: Node, node: Any) -> tuple[_Scores, Node, Node] | None:
+def _heads(inner: Node, outer: Node) -> int | None:
+    """H where one of the nodes is a reshape of the other between [B, H, S, Sk] and [B * H, S, Sk]."""
+    if not is_call(outer, aten.reshape.default) or {rank_of(inner), rank_of(outer)} != {3, 4}:
+        return None
+    wide, narrow = (shape_of(node) for node in sorted((inner, outer), key=rank_of, reverse=True))
+    joined = wide[2:] == narrow[1:] and isinstance(wide[1], int) and sympy.expand(wide[0] * wide[1]) == narrow[0]
+    return int(wide[1]) if joined else None
+
+
+def _find_scores(rw: Rewriter, at: Node, node: Any, heads: int | None) -> tuple[_Scores, Node, Node] | None:
     """Walks from the softmax's operand to the product of queries and keys, and collects what it passes."""
-    scores, outer, capped_biases = _Scores(), 1.0, 0
+    scores, outer, capped_biases = _Scores(heads=heads), 1.0, 0
     while isinstance(node, Node):
         if is_call(node, CONVERT) and dtype_of(node).is_floating_point:
             node = operand(node)
+        elif is_call(node, aten.reshape.default) and (found := _heads(operand(node), node)) is not None:
+            scores.heads, node = found, operand(node)
         elif is_call(node, aten.mul.Tensor, aten.div.Tensor) and isinstance(operand(node, 1), int | float):
             outer *= operand(node, 1) if node.target is aten.mul.Tensor else 1.0 / operand(node, 1)
             node = operand(node)
@@ -138,14 +160,14 @@ def _find_scores(rw: Rewriter, at: Node, node: Any) -> tuple[_Scores, Node, Node
             node = operand(node)
         elif is_call(node, aten.masked_fill.Scalar) and operand(node, 2) <= LOWEST:
             # What is blocked stays blocked under any factor, so the factor need not be applied to it.
-            scores.biases.append(_blocked(rw, at, operand(node, 1), dtype_of(node)))
+            scores.biases.append(_blocked(rw, at, operand(node, 1), dtype_of(node), operand(node, 2)))
             node = operand(node)
         elif is_call(node, aten.add.Tensor) and len(node.args) == 2:
             inner = next((a for a in node.args if _is_scores(a)), None)
             bias = next((a for a in node.args if a is not inner), None)
             if inner is None or not isinstance(bias, Node):
                 return None
-            scores.biases.append(bias if outer == 1.0 else rw.call(at, aten.mul.Tensor, bias, outer))
+            scores.biases += [t if outer == 1.0 else rw.call(at, aten.mul.Tensor, t, outer) for t in addends(bias)]
             node = inner
         elif is_call(node, aten.matmul.default, aten.bmm.default):
             break
@@ -170,6 +192,13 @@ def _find_scores(rw: Rewriter, at: Node, node: Any) -> tuple[_Scores, Node, Node
     return scores, query, key
 
 
+def addends(bias: Node) -> list[Node]:
+    """The terms of a sum of tensors."""
+    if is_call(bias, aten.add.Tensor) and all(isinstance(a, Node) for a in bias.args):
+        return [*addends(operand(bias)), *addends(operand(bias, 1))]
+    return [bias]
+
+
 def _is_scores(node: Any) -> bool:
     """True for a node on the way to a product of two computed tensors."""
     for _ in range(8):
@@ -177,7 +206,9 @@ def _is_scores(node: Any) -> bool:
             return True
         if is_call(node, aten.add.Tensor):
             return any(_is_scores(a) for a in node.args)
-        if not is_call(node, CONVERT, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.masked_fill.Scalar):
+        passes = (CONVERT, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.masked_fill.Scalar)
+        merges = is_call(node, aten.reshape.default) and _heads(operand(node), node) is not None
+        if not merges and not is_call(node, *passes):
             return False
         node = operand(node)
     return False
@@ -206,8 +237,12 @@ def _emit(rw: Rewriter, node: Node, operands: tuple[Node, Node, Node], scores: _
     query, key, value = operands
     if rank_of(query) not in (3, 4) or len({rank_of(o) for o in operands}) != 1:
         raise _NotAttention(f"its operands have {[rank_of(o) for o in operands]} axes, 3 or 4 are known")
-    single = rank_of(query) == 3
-    if single:
+    single, heads = rank_of(query) == 3, scores.heads
+    if single and heads is not None:
+        query, key, value = (_split(rw, node, o, heads) for o in operands)
+        split = [_split(rw, node, b, heads) if rank_of(b) == 3 else b for b in scores.biases]
+        scores.biases = [term for bias in split for term in addends(bias)]
+    elif single:
         query, key, value = (rw.call(node, aten.unsqueeze.default, o, 1) for o in operands)
         scores.biases = [rw.call(node, aten.unsqueeze.default, b, 1) if rank_of(b) == 3 else b for b in scores.biases]
     key, value = _without_repeat(key, value, query)
@@ -217,13 +252,27 @@ def _emit(rw: Rewriter, node: Node, operands: tuple[Node, Node, Node], scores: _
         bias = rw.call(node, aten.add.Tensor, bias, other)
     args = (query, key, value, None, bias, None, scores.scale, causal, -1, -1, scores.softcap)
     out = rw.call(node, ATTENTION, *args)
-    out = (
-        rw.call(node, aten.select.int, out, 2, 0) if single else rw.call(node, aten.permute.default, out, [0, 2, 1, 3])
-    )
+    if single and heads is None:
+        out = rw.call(node, aten.select.int, out, 2, 0)
+    else:
+        out = rw.call(node, aten.permute.default, out, [0, 2, 1, 3])
+    if single and heads is not None:
+        length = rw.size(node, shape_of(node)[1], [operands[0]])
+        out = rw.call(node, aten.reshape.default, out, [-1, length, shape_of(node)[2]])
     if fact(out, TensorType) != fact(node, TensorType):
         out = rw.call(node, CONVERT, out, dtype_of(node))
     rw.replace(node, out)
     return out
+
+
+def _split(rw: Rewriter, at: Node, value: Node, heads: int) -> Node:
+    """[B * H, S, D] as [B, H, S, D]; what is the same for all of the batch stays so."""
+    if is_call(value, aten.reshape.default) and _heads(operand(value), value) == heads:
+        return operand(value)
+    if shape_of(value)[0] == 1:
+        return rw.call(at, aten.unsqueeze.default, value, 0)
+    sizes = [rw.size(at, size, [value]) for size in shape_of(value)[1:]]
+    return rw.call(at, aten.reshape.default, value, [-1, heads, *sizes])
 
 
 def _check(query: Node, key: Node, value: Node) -> None:

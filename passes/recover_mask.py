@@ -15,8 +15,9 @@ from tilewright.ir.facts import Reason, set_fact
 from tilewright.ir.graph import Level, info, update_info
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.elements import Apply, Element, Elements, Integer, Load, Number, Unknown
+from tilewright.passes.layout_axes import positional
 from tilewright.passes.mask_proof import Conjunction, NotProved, prove
-from tilewright.passes.recognize_attention import ATTENTION, CONVERT
+from tilewright.passes.recognize_attention import ATTENTION, CONVERT, addends
 from tilewright.passes.rewrite import Rewriter, dtype_of, erase_dead, is_call, operand, rank_of, shape_of
 
 aten = torch.ops.aten
@@ -59,28 +60,33 @@ def _recover(
     rw: Rewriter, elements: Elements, node: Node, proved: dict[Node, Conjunction], validities: dict[Any, Node]
 ) -> tuple[bool, str]:
     """Rewrites one attention; returns whether a bias stays and why a part of it did."""
-    args: tuple[Any, ...] = node.args
-    query, key, _, valid, bias, sinks, scale, causal, left, right, softcap = args
+    query, key, _, valid, bias, sinks, scale, causal, left, right, softcap, *tables, _ = positional(node)
     total = Conjunction(left=None if left == -1 else int(left), right=None if right == -1 else int(right))
     if causal:
         total.limit(right=0)
     same = shape_of(query)[2] == shape_of(key)[2]
+    alone = valid is None and sinks is None and total == Conjunction()
     rest: list[Node] = []
-    why = ""
-    for term in _terms(bias):
+    whys: list[str] = []
+    uniform = False
+    for term in addends(bias):
         try:
             found = proved.get(term) or prove(elements, term)
             proved[term] = found
             if not same and (found.left is not None or found.right is not None):
                 raise NotProved("queries and keys differ in number, so their slots cannot be compared")
+            if uniform or (found.queries and not (same and alone)):
+                raise NotProved("a mask that blocks queries too stands beside another mask or sinks")
         except (NotProved, Unknown) as reason:
             rest.append(term)
-            why = f"'{term.name}' stays a bias: {reason}"
+            whys.append(f"'{term.name}' stays a bias: {reason}")
             continue
+        uniform |= bool(found.queries)
+        alone = False
         total.valid += [v for v in found.valid if v not in total.valid]
         total.limit(left=found.left, right=found.right)
-    if len(rest) == len(_terms(bias)):
-        return True, why
+    if len(rest) == len(addends(bias)):
+        return True, "; ".join(whys)
     if total.valid:
         recovered = _validity(rw, node, tuple(total.valid), validities)
         both = valid is not None and valid is not recovered
@@ -91,9 +97,9 @@ def _recover(
         new_bias = rw.call(node, aten.add.Tensor, new_bias, term)
     is_causal = total.right == 0
     limits = (-1 if total.left is None else total.left, -1 if is_causal or total.right is None else total.right)
-    node.args = (*node.args[:3], valid, new_bias, sinks, scale, is_causal, *limits, softcap)
+    node.args = (*node.args[:3], valid, new_bias, sinks, scale, is_causal, *limits, softcap, *tables, uniform)
     rw.changes += 1
-    return bool(rest), why
+    return bool(rest), "; ".join(whys)
 
 
 def _without_expand(term: Node) -> Node:
@@ -101,13 +107,6 @@ def _without_expand(term: Node) -> Node:
     while is_call(term, aten.expand.default) and rank_of(operand(term)) == rank_of(term):
         term = operand(term)
     return term
-
-
-def _terms(bias: Any) -> list[Node]:
-    """The addends of a bias; conversions of a sum between float types count as sums of conversions do."""
-    if is_call(bias, aten.add.Tensor) and all(isinstance(a, Node) for a in bias.args):
-        return [*_terms(bias.args[0]), *_terms(bias.args[1])]
-    return [bias]
 
 
 def _validity(rw: Rewriter, node: Node, parts: tuple[Element, ...], known: dict[Any, Node]) -> Node:

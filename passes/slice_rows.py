@@ -152,6 +152,9 @@ class _Slicer:
     def _attention(self, node: Node, selection: _Selection) -> tuple[Any, ...]:
         """One query of each sequence: their offsets count sequences, their slots are those of the selected rows."""
         q, k, v, _, key_start, seqlens_k, slots_q, slots_k, bias, sinks, _, *rest = positional(node)
+        *options, query_table, query_index, key_table, key_index, uniform = rest
+        table = None if query_table is None else self._select(query_table, selection)
+        rest = [*options, table, query_index, key_table, key_index, uniform]
         queries, slots = self._select(q, selection), self._select(slots_q, selection)
         batch = self._size(node, aten.sym_size.int, (queries, 0), SizeValue(BATCH))
         end = self._size(node, operator.add, (batch, 1), SizeValue(BATCH + 1))

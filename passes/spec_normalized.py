@@ -135,6 +135,25 @@ def _one_attention(gm: GraphModule) -> Iterator[Violation]:
             yield Violation(node, f"{shape_of(k)[2]} keys but {shape_of(v)[2]} values")
 
 
+def _score_tables(gm: GraphModule) -> Iterator[Violation]:
+    for node in calls(gm):
+        if node.target is not attention:
+            continue
+        q, k, *_ = args = positional(node)
+        for own, other, table, index in ((q, k, *args[11:13]), (k, q, *args[13:15])):
+            if (table is None) != (index is None):
+                yield Violation(node, "it has a table without an index, or an index without a table")
+            elif table is not None:
+                rows = (shape_of(q)[0], shape_of(q)[1], shape_of(own)[2])
+                pairs = (shape_of(own)[2], shape_of(other)[2])
+                if shape_of(table)[:-1] != rows or shape_of(index) != pairs:
+                    yield Violation(node, f"its table is {shape_of(table)}, its index {shape_of(index)}")
+                elif fact(index, TensorType).dtype.is_floating_point:
+                    yield Violation(node, f"its index '{index.name}' is {fact(index, TensorType).dtype}")
+        if args[15] and (args[3] is None or args[5] is not None or args[7] or max(args[8:10]) >= 0):
+            yield Violation(node, "its pads are uniform beside an order, a window or sinks, or without a validity")
+
+
 def _validity_of_keys(gm: GraphModule) -> Iterator[Violation]:
     for node in calls(gm):
         valid = positional(node)[3] if node.target is attention else None
@@ -175,5 +194,6 @@ SPELLING = (
 )
 NORMALIZED = (
     Rule("no_packing", "nothing is packed yet", no_packing),
+    Rule("score_tables", "a table has a row for each head and token, its index an entry for each pair", _score_tables),
     Rule("validity_of_keys", "key validity is [B, S], bool or integer, computed elementwise", _validity_of_keys),
 )

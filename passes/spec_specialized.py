@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch.fx import GraphModule, Node
 
-from tilewright.ir.facts import TensorType, fact, find_fact
+from tilewright.ir.facts import find_fact
 from tilewright.ir.regions import (
     ATTENTION_VARIANTS,
     GEMM_VARIANTS,
@@ -18,6 +18,7 @@ from tilewright.ir.sizes import product
 from tilewright.ir.views import same_size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.rules import Rule, Violation, bodies, regions
+from tilewright.passes.specialize import rows_of
 
 _TABLE_OF: dict[Anchor, type[GemmTable] | type[AttentionTable]] = {
     Anchor.GEMM: GemmTable,
@@ -103,7 +104,7 @@ def _rows_of_product(gm: GraphModule) -> Iterator[Violation]:
     for call, table in _tables(gm):
         for node in inside[call].graph.nodes if isinstance(table, GemmTable) else ():
             if traits_of(node.target).flow is Flow.CONTRACT:
-                rows = product(fact(node, TensorType).shape[:-1])
+                rows = product(rows_of(node))
                 if not same_size(rows, table.size):
                     yield Violation(call, f"its table is for {table.size} rows, its product has {rows}")
 

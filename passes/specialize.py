@@ -15,6 +15,7 @@ from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
 from tilewright.ir.sizes import Size, product
 from tilewright.ops import Flow, traits_of
 from tilewright.ops.blocks import FORMATS
+from tilewright.ops.head_linear import HEAD_LINEAR
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.rewrite import argument
 
@@ -66,8 +67,7 @@ class Specialize(Pass):
             body = gm.get_submodule(str(node.target))
             anchor, key = gemm_of(body), gemm_key(body)  # type: ignore[arg-type]
             entries, measured = self._entries(key)
-            rows = product(fact(anchor, TensorType).shape[:-1])
-            set_fact(node, GemmTable(rows, entries, measured))
+            set_fact(node, GemmTable(product(rows_of(anchor)), entries, measured))
             counts["measured" if measured else "by_rule"] += 1
         return PassResult(gm, True, {topic: count for topic, count in counts.items() if count})
 
@@ -82,14 +82,24 @@ class Specialize(Pass):
 
 
 def variants_of(key: GemmKey) -> tuple[str, ...]:
-    """The variants there are of a product: the vendor library is not asked for whole numbers."""
-    whole = key.dtype == "int8" or key.dtype in FORMATS
-    return tuple(variant for variant in GEMM_VARIANTS if variant != VENDOR or not whole)
+    """The variants there are of a product: the vendor library is not asked for whole numbers and heads."""
+    own = key.dtype == "int8" or key.dtype in FORMATS or key.heads > 1
+    return tuple(variant for variant in GEMM_VARIANTS if variant != VENDOR or not own)
 
 
 def gemm_of(body: GraphModule) -> Node:
     """The product that a GEMM region is built around."""
     return next(node for node in body.graph.nodes if traits_of(node.target).flow is Flow.CONTRACT)
+
+
+def _heads_of(anchor: Node) -> int:
+    """Number of products with parts of the weight that a product is; 1 for a linear."""
+    return int(fact(anchor, TensorType).shape[-2]) if anchor.target is HEAD_LINEAR else 1
+
+
+def rows_of(anchor: Node) -> tuple[Size, ...]:
+    """Sizes of the axes that are the rows of a product."""
+    return fact(anchor, TensorType).shape[: -2 if anchor.target is HEAD_LINEAR else -1]
 
 
 def gemm_key(body: GraphModule) -> GemmKey:
@@ -102,7 +112,7 @@ def gemm_key(body: GraphModule) -> GemmKey:
     n, k = int(kind.shape[0]), fact(anchor.args[0], TensorType).shape[-1]  # type: ignore[arg-type]
     stored = argument(anchor, 3, "format")
     dtype = stored or str(kind.dtype).removeprefix("torch.")
-    return GemmKey(n, int(k), dtype, _around(body, anchor))
+    return GemmKey(n, int(k), dtype, _around(body, anchor), _heads_of(anchor))
 
 
 def _around(body: GraphModule, anchor: Node) -> str:

@@ -13,9 +13,10 @@ from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, AttentionTable, Re
 from tilewright.ir.sizes import Size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.layout_axes import positional
 from tilewright.passes.specialize import Entries, measured_entries
 
-ONLINE = "online"
+ONLINE, LONG = "online", "long"
 
 # Without measurements the form that takes any length: it is never far from the fastest.
 _BY_RULE: Entries = ((None, ONLINE),)
@@ -65,6 +66,8 @@ class SpecializeAttention(Pass):
         return PassResult(gm, True, {topic: count for topic, count in counts.items() if count})
 
     def _entries(self, key: AttentionKey) -> tuple[Entries, bool]:
+        if self.attention not in ("auto", *forms_of(key)):
+            return _BY_RULE, False
         if self.attention != "auto":
             longest = ATTENTION_VARIANTS[self.attention]
             return (((longest, self.attention), *_BY_RULE) if longest else ((None, self.attention),)), False
@@ -96,7 +99,7 @@ def attention_of(body: GraphModule) -> Node:
 
 def _arguments(anchor: Node) -> dict[str, object]:
     names = (argument.name for argument in anchor.target._schema.arguments)  # type: ignore[union-attr]
-    return dict(zip(names, anchor.args, strict=True))
+    return dict(zip(names, positional(anchor), strict=True))
 
 
 def over_pages(anchor: Node) -> bool:
@@ -129,4 +132,16 @@ def attention_key(anchor: Node) -> AttentionKey:
         window_left=int(given["window_left"]),  # type: ignore[call-overload]
         window_right=int(given["window_right"]),  # type: ignore[call-overload]
         bias=isinstance(given["bias"], Node),
+        query_table=_entries_of(given["query_table"]),
+        key_table=_entries_of(given["key_table"]),
+        uniform_pads=bool(given["uniform_pads"]),
     )
+
+
+def _entries_of(table: object) -> int:
+    return int(fact(table, TensorType).shape[-1]) if isinstance(table, Node) else 0
+
+
+def forms_of(key: AttentionKey) -> tuple[str, ...]:
+    """The forms there are of an attention: that which stores scores between two products has keys with scores alone."""
+    return tuple(form for form in ATTENTION_VARIANTS if form != LONG or not key.uniform_pads)

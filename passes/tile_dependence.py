@@ -19,6 +19,7 @@ from tilewright.ir.facts import TensorType, find_fact
 from tilewright.ir.sizes import Size
 from tilewright.ir.views import argument, same_size
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.head_linear import HEAD_LINEAR
 
 aten = torch.ops.aten
 packing = torch.ops.tilewright
@@ -142,7 +143,8 @@ def _last_axis(node: Node) -> list[OperandRead]:
 def _contract(node: Node) -> list[OperandRead]:
     x, weight, *rest = _operands(node)
     last = len(_shape(node)) - 1
-    reads = [OperandRead(x, (*map(same, range(last)), WHOLE)), OperandRead(weight, (same(last), WHOLE))]
+    columns = LOOKED_UP if node.target is HEAD_LINEAR else same(last)  # the weight's rows are those of all heads
+    reads = [OperandRead(x, (*map(same, range(last)), WHOLE)), OperandRead(weight, (columns, WHOLE))]
     # What has the axes of x is of its rows, like the scales of rounded ones; the rest is of the columns.
     return reads + [
         OperandRead(operand, (*map(same, range(last)), WHOLE) if len(_shape(operand)) > 1 else (same(last),))

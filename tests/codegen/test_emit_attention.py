@@ -4,8 +4,9 @@ import pytest
 import torch
 from tests.codegen.bodies import Body, assert_matches
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
+from tilewright.errors import CodegenError
 from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 
@@ -46,6 +47,8 @@ def packed(
     bias: str | None = None,
     sinks: bool = False,
     nans: bool = False,
+    tables: tuple[int, int] = (0, 0),
+    uniform: bool = False,
 ) -> None:
     """Operands are slices of one [T, ...] tensor, as behind a joint projection; heads are merged again behind.
 
@@ -78,9 +81,16 @@ def packed(
     if sinks:
         extra[1] = body.input((query_heads,), dtype)
         tensors.append(torch.randn(query_heads).to(dtype))
-    out = body.call(
-        ops.attention_packed.default, *parts, *index, index[-1], *extra, SEQ, SEQ, size**-0.5, *window, softcap
-    )
+    looked_up: list[Node | None] = []
+    for entries in tables:
+        given = entries > 0
+        looked_up.append(body.input((TOKENS, query_heads, entries), dtype) if given else None)
+        looked_up.append(body.input((SEQ, SEQ), torch.int64) if given else None)
+        if given:
+            tensors.append(torch.randn(row_index.shape[0], query_heads, entries).to(dtype))
+            tensors.append(torch.randint(0, entries, (length, length)))
+    options = (SEQ, SEQ, size**-0.5, *window, softcap, *looked_up, uniform)
+    out = body.call(ops.attention_packed.default, *parts, *index, index[-1], *extra, *options)
     merged = body.call(aten.reshape.default, out, [TOKENS, query_heads * value_size])
     gm = body.module(body.call(aten.mul.Tensor, merged, 2.0))
     run_sizes = {BATCH: batch, SEQ: length, TOKENS: row_index.shape[0]}
@@ -135,6 +145,26 @@ def test_packed_bias_softcap_sinks(form: str, bias: str) -> None:
     packed(form, torch.rand(3, 90) < 0.6, bias=bias, softcap=5.0, sinks=True)
 
 
+@pytest.mark.parametrize("tables", [(20, 0), (0, 9), (20, 33)], ids=str)
+def test_packed_tables(form: str, tables: tuple[int, int]) -> None:
+    packed(form, torch.rand(3, 90) < 0.6, tables=tables, bias="head" if tables[0] else None)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_packed_tables_of_any_type(form: str, dtype: torch.dtype) -> None:
+    packed(form, lengths(40, 0, 13), tables=(5, 6), dtype=dtype, window=(False, 8, 3))
+
+
+def test_packed_pads_weigh_all_alike(form: str) -> None:
+    """Column 0 without a token stands for all such places of its sequence, also where there is no token at all."""
+    valid = torch.stack((*(torch.arange(70) >= n for n in (0, 3, 69, 70)), torch.rand(70) < 0.5, torch.arange(70) < 9))
+    if form == "long":
+        with pytest.raises(CodegenError, match="padding"):
+            packed(form, valid, uniform=True, keep_first=True)
+        return
+    packed(form, valid, heads=(4, 2), sizes=(16, 24), uniform=True, keep_first=True, tables=(4, 0))
+
+
 def padded(
     form: str,
     length: int,
@@ -146,8 +176,12 @@ def padded(
     bias: str | None = None,
     sinks: bool = False,
     tolerance: float = 3e-6,
+    tables: bool = False,
+    uniform: bool = False,
 ) -> list[Tensor]:
-    """Operands are [B, S, H * D] seen as [B, H, S, D]; keys and values that are not valid hold NaN."""
+    """Operands are [B, S, H * D] seen as [B, H, S, D]; keys and values that are not valid hold NaN where none reads
+    them.
+    """
     body = Body()
     keys = SEQ if length == key_length else key_length
     nodes, tensors = [], []
@@ -159,8 +193,8 @@ def padded(
     extra = [None, None, None]
     if valid is not None:
         extra[0] = body.input((BATCH, keys), valid.dtype)
-        tensors[1][valid == 0] = float("nan")
-        tensors[2][valid == 0] = float("nan")
+        for tensor in tensors[1:] if not uniform else ():
+            tensor[valid == 0] = float("nan")
         tensors.append(valid)
     if bias:
         extra[1] = body.input(BIAS[bias], dtype)
@@ -168,7 +202,15 @@ def padded(
     if sinks:
         extra[2] = body.input((4,), dtype)
         tensors.append(torch.randn(4).to(dtype))
-    gm: GraphModule = body.module(body.call(ops.attention.default, *nodes, *extra, 32**-0.5, *window, 0.0))
+    looked_up: list[Node | None] = [None] * 4
+    if tables:
+        shapes = ((BATCH, 4, SEQ, 7), (SEQ, keys), (BATCH, 4, keys, 5), (keys, SEQ))
+        kinds = (dtype, torch.int64) * 2
+        looked_up = [body.input(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+        tensors += [torch.randn(3, 4, length, 7).to(dtype), torch.randint(0, 7, (length, key_length))]
+        tensors += [torch.randn(3, 4, key_length, 5).to(dtype), torch.randint(0, 5, (key_length, length))]
+    options = (32**-0.5, *window, 0.0, *looked_up, uniform)
+    gm: GraphModule = body.module(body.call(ops.attention.default, *nodes, *extra, *options))
     return assert_matches(
         gm, tensors, {BATCH: 3, SEQ: length}, tolerance, anchor=Anchor.ATTENTION, variant=variant_of(form, key_length)
     )
@@ -197,6 +239,18 @@ def test_padded_bias_and_sinks(form: str) -> None:
     padded(form, 66, 66, None, bias="key", sinks=True, dtype=torch.float64, tolerance=1e-13)
 
 
+def test_padded_tables(form: str) -> None:
+    padded(form, 66, 66, torch.rand(3, 66) < 0.5, tables=True)
+    padded(form, 20, 150, None, tables=True, bias=None)
+
+
+def test_padded_pads_weigh_all_alike(form: str) -> None:
+    valid = torch.rand(3, 70) < 0.5
+    valid[1] = False
+    if form != "long":
+        padded(form, 70, 70, valid, uniform=True, tables=True)
+
+
 def test_keys_and_queries_that_are_computed(form: str) -> None:
     """Norms of each head in front of the attention, whose names must not meet those of the softmax."""
     valid = lengths(40, 5)
@@ -213,6 +267,28 @@ def test_keys_and_queries_that_are_computed(form: str) -> None:
     tensors = [*torch.randn(3, row_index.shape[0], 2, 24), *offsets, slots, torch.randn(24)]
     sizes = {BATCH: 2, SEQ: 40, TOKENS: row_index.shape[0]}
     assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION, variant=variant_of(form, 40))
+
+
+def test_selected_queries_with_tables_of_which_some_are_pads(form: str) -> None:
+    """Column 0 of each sequence, as a head reads it: padding in three of them."""
+    if form == "long":
+        return
+    valid = torch.stack([torch.arange(90) >= n for n in (0, 1, 60, 90, 0)])
+    row_index, slots, cu_seqlens, key_start, seqlens_k = ops.pack_index(valid, True)
+    body = Body()
+    q, k, v = body.input((BATCH, 2, 24)), body.input((TOKENS, 2, 24)), body.input((TOKENS, 2, 24))
+    index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(3)]
+    index.append(body.input((TOKENS,), torch.int32))
+    tables = [body.input((BATCH, 2, 7)), body.input((SEQ, SEQ), torch.int64)]
+    tables += [body.input((TOKENS, 2, 9)), body.input((SEQ, SEQ), torch.int64)]
+    options = (None, None, 1, SEQ, 0.2, False, -1, -1, 0.0, *tables, True)
+    out = body.call(ops.attention_packed.default, q, k, v, *index, *options)
+    rows = torch.randn(2, row_index.shape[0], 2, 24)
+    tensors = [torch.randn(5, 2, 24), *rows, torch.arange(6, dtype=torch.int32), key_start, seqlens_k]
+    tensors += [slots[cu_seqlens[:-1].long()], slots, torch.randn(5, 2, 7), torch.randint(0, 7, (90, 90))]
+    tensors += [torch.randn(row_index.shape[0], 2, 9), torch.randint(0, 9, (90, 90))]
+    sizes = {BATCH: 5, SEQ: 90, TOKENS: row_index.shape[0]}
+    assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION, variant=variant_of(form, 90))
 
 
 @pytest.mark.parametrize("window", [(False, 5, 7), (True, 9, -1)], ids=str)

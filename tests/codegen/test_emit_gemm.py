@@ -75,6 +75,27 @@ def test_norm_in_front(k: int, variant: str) -> None:
     check(linear_body(80, k, torch.float32, "residual", norm=True), 9, variant, 3e-6)
 
 
+@pytest.mark.parametrize("variant", ["triton", "triton_few", "triton_many"])
+@pytest.mark.parametrize(("rows", "groups", "n", "k"), [(70, 3, 128, 32), (5, 2, 20, 70), (0, 4, 64, 64), (1, 1, 1, 3)])
+def test_heads(rows: int, groups: int, n: int, k: int, variant: str) -> None:
+    """Each head reads its own columns of x, a slice of a wider product, and its own rows of the weight."""
+    body = Body()
+    x, weight = body.input((TOKENS, 2 * groups * k)), body.input((groups * n, k))
+    part = body.call(aten.slice.Tensor, x, 1, groups * k, 2 * groups * k)
+    split = body.call(aten.reshape.default, part, [TOKENS, groups, k])
+    out = body.call(aten.mul.Tensor, body.call(torch.ops.tilewright.head_linear.default, split, weight), 0.5)
+    gm, tensors = body.module(out), [torch.randn(rows, 2 * groups * k), torch.randn(groups * n, k) * k**-0.5]
+    kind = {"anchor": Anchor.GEMM, "variant": variant, "weights": {1: tensors[1]}}
+    assert_matches(gm, tensors, {TOKENS: rows}, 2e-6, **kind)  # type: ignore[arg-type]
+
+
+def test_heads_are_none_of_the_vendor() -> None:
+    body = Body()
+    out = body.call(torch.ops.tilewright.head_linear.default, body.input((TOKENS, 2, 8)), body.input((6, 8)))
+    with pytest.raises(CodegenError, match="no product of heads"):
+        emit(body.module(out), anchor=Anchor.GEMM, variant="vendor")
+
+
 def test_weight_that_is_computed_is_read_as_it_is() -> None:
     check(linear_body(100, 70, torch.float32, "gelu"), 33, "triton", 2e-6, stored=False)
 

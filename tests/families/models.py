@@ -19,7 +19,7 @@ _SIZES = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_
 _WIDE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
 _COMMON = {**_SIZES, **_WIDE}
 _FROM_IDS = {**_COMMON, "pad_token_id": 1, "bos_token_id": 0, "type_vocab_size": 1}
-_SEVERAL = {"num_hidden_layers": 2}  # layers that differ, share their weights
+_SEVERAL = {"num_hidden_layers": 2}  # layers that differ, share their weights, see masked places of the one before
 _HALVES = {"encoder": 2, "decoder": 2}
 _DISENTANGLED = {
     "relative_attention": True,
@@ -57,7 +57,7 @@ FAMILIES = {
         "ModernBert", {**_COMMON, **_SEVERAL, "local_attention": 8, "cls_token_id": 1, "sep_token_id": 2}
     ),
     "nomic_bert": Family("NomicBert", _COMMON),
-    "deberta-v2": Family("DebertaV2", {**_COMMON, **_DISENTANGLED}),
+    "deberta-v2": Family("DebertaV2", {**_COMMON, **_SEVERAL, **_DISENTANGLED}),
     "t5": Family(
         "T5",
         {**_SIZES, "decoder_start_token_id": 0, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},

@@ -78,7 +78,7 @@ class Padded(GraphBuilder):
     def attention(self, x: Node, heads: int = 2, **options: Any) -> Node:
         """Self-attention of [B, S, N] with an output projection.
 
-        Options: kv_heads, valid, bias, sinks, scale, causal, left, right, softcap.
+        Options: kv_heads, valid, bias, sinks, scale, causal, left, right, softcap, uniform_pads.
         """
         n = self.width(x)
         kv_heads, size = options.get("kv_heads", heads), n // heads
@@ -93,6 +93,7 @@ class Padded(GraphBuilder):
             options.get("left", -1),
             options.get("right", -1),
             options.get("softcap", 0.0),
+            *(None, None, None, None, options.get("uniform_pads", False)),
         )
         merged = self.call(aten.reshape.default, mixed, [self.batch, self.length, n])
         return self.linear(merged, self.fresh("out"), n)

@@ -167,11 +167,11 @@ def test_repeated_heads_are_dropped() -> None:
 
 def test_folded_constants_take_no_more_memory_than_their_operands() -> None:
     """A table through a projection is computed at once, however large; what grows is computed at each call."""
-    table, grown = torch.randn(300, 256), torch.randn(400, 1)
+    table, square, grown, row = torch.randn(300, 256), torch.ones(256, 256), torch.randn(400, 1), torch.ones(1, 400)
 
     def model(_: Any, x: Tensor) -> Any:
-        folded = (nn.functional.linear(table, torch.ones(256, 256)) * torch.tensor(2.0).sqrt()).sum(0)
-        return x[..., :1] + folded, x / torch.tensor(3.0).log(), grown * torch.ones(1, 400)
+        folded = (nn.functional.linear(table, square) * torch.tensor(2.0).sqrt()).sum(0)
+        return x[..., :1] + folded, x / torch.tensor(3.0).log(), grown * row
 
     gm, _ = _normalized(model)
     counts = ops(gm)

@@ -131,6 +131,14 @@ def bias_of_the_tokens(g: Padded) -> Node:
     return out
 
 
+@case("masked_places_alike")
+def masked_places_that_differ_before_column_0(g: Padded) -> Node:
+    """A masked column 0 weighs all places alike, and these hold what their ids say."""
+    x = g.attention(g.embed(g.ids, 23, N), uniform_pads=True)
+    blame(g, attention_of(g))
+    return g.call(aten.select.int, x, 1, 0)
+
+
 @case("sinks_are_fixed")
 def sinks_of_each_sequence(g: Padded) -> Node:
     sinks = g.weight("sinks", 2)

@@ -115,6 +115,13 @@ def _(gm: GraphModule) -> Node:
     return return_instead(gm, insert(gm, tw.first_rows.default, (returned(gm), offsets), rows))
 
 
+@breaks("score_tables", Level.NORMALIZED)
+def _(gm: GraphModule) -> Node:
+    attention = first(gm, tw.attention.default)
+    attention.args = (*attention.args[:11], attention.args[0], None, None, None, False)
+    return attention
+
+
 @breaks("validity_of_keys", Level.NORMALIZED)
 def _(gm: GraphModule) -> Node:
     attention = first(gm, tw.attention.default)

@@ -17,7 +17,7 @@ from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, set_inf
 from tilewright.ir.measurements import AttentionKey
 from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, Region
 from tilewright.ir.sizes import BATCH, SEQ, Size
-from tilewright.passes.specialize_attention import attention_key, attention_of, over_pages
+from tilewright.passes.specialize_attention import attention_key, attention_of, forms_of, over_pages
 from tilewright.runtime.measure import Make, measure_variants
 
 Compile = Callable[[GraphModule, str], Callable[..., Any]]
@@ -62,10 +62,11 @@ def attention_timings(
 def _measure(key: AttentionKey, opt_level: int, compile_one: Compile) -> Timings:
     lengths, budget = _EFFORT[opt_level]
     heads = _query_heads(key)
-    makes = {name: _runner(compile_one(attention_graph(key, heads), name), key, heads) for name in ATTENTION_VARIANTS}
-    found: Timings = dict.fromkeys(ATTENTION_VARIANTS, ())
+    makes = {name: _runner(compile_one(attention_graph(key, heads), name), key, heads) for name in forms_of(key)}
+    found: Timings = dict.fromkeys(makes, ())
     for length in lengths:
-        fitting = {name: makes[name] for name, most in ATTENTION_VARIANTS.items() if most is None or length <= most}
+        longest = {name: ATTENTION_VARIANTS[name] or length for name in makes}
+        fitting = {name: make for name, make in makes.items() if length <= longest[name]}
         for name, times in measure_variants(fitting, (length,), budget).items():
             found[name] += times
     return found
@@ -97,6 +98,11 @@ def attention_inputs(key: AttentionKey, heads: int, lengths: Sequence[int]) -> l
     inputs = [torch.randn(len(lengths), longest, sum(_widths(key, heads))).to(dtype), valid]
     if key.bias:
         inputs.append(torch.randn(1, heads, longest, longest).to(dtype))
+    apart = torch.arange(longest)[:, None] - torch.arange(longest)[None, :]
+    for entries in (key.query_table, key.key_table):
+        if entries:
+            inputs.append(torch.randn(len(lengths), heads, longest, entries).to(dtype))
+            inputs.append((apart + entries // 2).clamp(0, entries - 1))
     return inputs
 
 
@@ -108,7 +114,8 @@ def _widths(key: AttentionKey, heads: int) -> tuple[int, int, int]:
 def attention_graph(key: AttentionKey, heads: int) -> GraphModule:
     """A normalized graph of one attention with so many query heads.
 
-    Its inputs: x [B, S, q | k | v], valid [B, S], and a bias [1, H, S, S] where the key has one.
+    Its inputs: x [B, S, q | k | v], valid [B, S], and where the key has them a bias [1, H, S, S], and tables
+    [B, H, S, R] with their indices [S, S].
     """
     dtype = getattr(torch, key.dtype)
     widths, key_heads = _widths(key, heads), heads // key.group
@@ -116,7 +123,12 @@ def attention_graph(key: AttentionKey, heads: int) -> GraphModule:
     specs = [InputSpec("x", dtype, (BATCH, SEQ, sum(widths))), InputSpec("valid", torch.bool, (BATCH, SEQ))]
     if key.bias:
         specs.append(InputSpec("bias", dtype, (1, heads, SEQ, SEQ)))
-    x, valid, *bias = (_typed(graph.placeholder(spec.name), spec.dtype, spec.shape) for spec in specs)
+    for of, entries in (("query", key.query_table), ("key", key.key_table)):
+        if entries:
+            specs.append(InputSpec(f"{of}_table", dtype, (BATCH, heads, SEQ, entries)))
+            specs.append(InputSpec(f"{of}_index", torch.int64, (SEQ, SEQ)))
+    given = {spec.name: _typed(graph.placeholder(spec.name), spec.dtype, spec.shape) for spec in specs}
+    x, valid = given["x"], given["valid"]
     sizes = [graph.call_function(torch.ops.aten.sym_size.int, (x, axis)) for axis in (0, 1)]
     for node, size in zip(sizes, (BATCH, SEQ), strict=True):
         set_fact(node, SizeValue(size))
@@ -131,7 +143,8 @@ def attention_graph(key: AttentionKey, heads: int) -> GraphModule:
         parts.append(_typed(moved, dtype, (BATCH, count, SEQ, width // count)))
         start += width
     options = (key.size**-0.5, key.causal, key.window_left, key.window_right, 0.0)
-    arguments = (*parts, valid, bias[0] if bias else None, None, *options)
+    tables = (given.get(name) for name in ("query_table", "query_index", "key_table", "key_index"))
+    arguments = (*parts, valid, given.get("bias"), None, *options, *tables)
     out = graph.call_function(torch.ops.tilewright.attention.default, arguments)
     _typed(out, dtype, (BATCH, SEQ, heads, key.value_size))
     graph.output((out,))

@@ -8,6 +8,7 @@ class GemmKey:
     """A GEMM problem: out[M, N] = x[M, K] @ w[N, K].T, with the dtype's name and what its region computes around it.
 
     Attributes:
+        heads: products of x [M, heads, K] with as many parts of w, in one problem; ``n`` counts the rows of all.
         around: the region's other calls in a canonical text; empty for a product, with or without bias, by itself.
     """
 
@@ -15,11 +16,16 @@ class GemmKey:
     k: int
     dtype: str
     around: str = ""
+    heads: int = 1
 
 
 @dataclass(frozen=True)
 class AttentionKey:
-    """An attention problem: sizes of a head, query heads for each head of keys, the dtype's name, and what it masks."""
+    """An attention problem: sizes of a head, query heads for each head of keys, the dtype's name, and what it masks.
+
+    Attributes:
+        query_table, key_table: numbers that are looked up for each query, and for each key; 0 without a table.
+    """
 
     size: int
     value_size: int
@@ -29,6 +35,9 @@ class AttentionKey:
     window_left: int = -1
     window_right: int = -1
     bias: bool = False
+    query_table: int = 0
+    key_table: int = 0
+    uniform_pads: bool = False
 
 
 @dataclass(frozen=True)

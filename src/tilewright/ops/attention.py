@@ -12,7 +12,8 @@ from tilewright.ops.registry import register
 from tilewright.ops.traits import Flow, Traits
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+def scores_reference(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    """Scores [B, H, S, Sk] of q [B, H, S, D] and k [B, Hkv, Sk, D] in fp32 or wider, scaled and capped."""
     groups = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(groups, dim=1) if groups != 1 else k
     compute = torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
@@ -36,20 +37,15 @@ def _allowed(sq: int, sk: int, causal: bool, left: int, right: int, device: torc
     return allowed
 
 
+def _looked_up(table: Tensor, index: Tensor) -> Tensor:
+    """``table[b, h, i, index[i, j]]`` at (b, h, i, j)."""
+    return table.gather(-1, index.long().expand(*table.shape[:2], -1, -1))
+
+
 def attend_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    allowed: Tensor | None,
-    bias: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
+    scores: Tensor, v: Tensor, allowed: Tensor | None, sinks: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Softmax attention over [B, H, S, D] tensors in fp32 or wider; a query with no allowed key gives zeros."""
-    scores = _scores(q, k, scale, softcap)
-    if bias is not None:
-        scores = scores + bias.to(scores.dtype)
+    """Softmax over scores [B, H, S, Sk], and the sum of values [B, Hkv, Sk, Dv] by it; no allowed key gives zeros."""
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
     if sinks is not None:
@@ -60,14 +56,14 @@ def attend_reference(
     weights = torch.exp(scores - peak)
     total = weights.sum(dim=-1, keepdim=True)
     weights = weights / torch.where(total == 0, torch.ones_like(total), total)
-    weights = weights[..., : k.shape[2]]
-    groups = q.shape[1] // v.shape[1]
+    weights = weights[..., : v.shape[2]]
+    groups = weights.shape[1] // v.shape[1]
     v = v.repeat_interleave(groups, dim=1) if groups != 1 else v
     if allowed is not None:
         # A masked key has weight zero, but 0 * NaN is NaN: whatever stands in pad rows of V must not reach a real row.
         used = allowed.any(dim=-2, keepdim=True).transpose(-1, -2).expand(v.shape[0], v.shape[1], -1, 1)
         v = torch.where(used, v, torch.zeros_like(v))
-    return (weights @ v.to(weights.dtype)).to(q.dtype)
+    return (weights @ v.to(weights.dtype)).to(dtype)
 
 
 def attention_reference(
@@ -82,6 +78,11 @@ def attention_reference(
     window_left: int,
     window_right: int,
     softcap: float,
+    query_table: Tensor | None = None,
+    query_index: Tensor | None = None,
+    key_table: Tensor | None = None,
+    key_index: Tensor | None = None,
+    uniform_pads: bool = False,
 ) -> Tensor:
     """Attention over padded sequences.
 
@@ -93,7 +94,13 @@ def attention_reference(
         scale: factor of the scores.
         causal: key slot <= query slot, the last query aligned with the last key.
         window_left, window_right: greatest slot distance of a key to the left and right of the query; -1 for no limit.
-        softcap: scores become ``softcap * tanh(scores / softcap)`` before bias and mask; 0 for none.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before bias, tables and mask; 0 for none.
+        query_table: [B, Hq, S, R], a row of numbers of each query, of which ``query_index`` [S, Sk] (integer, in
+            [0, R)) says which is added to its score with each key. Both or none. "Content to position" of DeBERTa
+            (He et al., 2021), section 3.1.
+        key_table: [B, Hq, Sk, R'], the same of each key, and ``key_index`` [Sk, S]: "position to content".
+        uniform_pads: a query whose own place is not valid weighs all Sk values alike, valid or not. Needs ``valid``,
+            S = Sk, no order, window or sinks.
 
     Returns:
         [B, S, Hq, Dv], contiguous, dtype of q. A query with no allowed key gives zeros.
@@ -103,14 +110,24 @@ def attention_reference(
         keys = (valid != 0)[:, None, None, :]
         allowed = keys if allowed is None else allowed & keys
         k = torch.where(keys.transpose(-1, -2), k, torch.zeros_like(k))
-    return attend_reference(q, k, v, allowed, bias, sinks, scale, softcap).transpose(1, 2).contiguous()
+    scores = scores_reference(q, k, scale, softcap)
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
+    if query_table is not None and query_index is not None:
+        scores = scores + _looked_up(query_table.to(scores.dtype), query_index)
+    if key_table is not None and key_index is not None:
+        scores = scores + _looked_up(key_table.to(scores.dtype), key_index).transpose(-1, -2)
+    if uniform_pads and valid is not None and allowed is not None:
+        pads = (valid == 0)[:, None, :, None]
+        scores, allowed = scores.masked_fill(pads, 0.0), allowed | pads
+    return attend_reference(scores, v, allowed, sinks, q.dtype).transpose(1, 2).contiguous()
 
 
 attention = torch.library.custom_op("tilewright::attention", attention_reference, mutates_args=())
 
 
 @attention.register_fake
-def _attention_fake(q, k, v, valid, bias, sinks, scale, causal, window_left, window_right, softcap):  # type: ignore[no-untyped-def]
+def _attention_fake(q, k, v, *args):  # type: ignore[no-untyped-def]
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
@@ -132,6 +149,11 @@ def attention_packed_reference(
     window_left: int,
     window_right: int,
     softcap: float,
+    query_table: Tensor | None = None,
+    query_index: Tensor | None = None,
+    key_table: Tensor | None = None,
+    key_index: Tensor | None = None,
+    uniform_pads: bool = False,
 ) -> Tensor:
     """Attention over packed tokens: queries of sequence b see only keys of sequence b.
 
@@ -148,6 +170,10 @@ def attention_packed_reference(
         sinks: [Hq].
         max_seqlen_q: upper bound of the number of queries of a sequence.
         max_seqlen_k: padded length S: upper bound of the number of keys of a sequence and of all slots.
+        query_table: [Tq, Hq, R]. key_table: [T, Hq, R'].
+        query_index, key_index: [S, S], indexed by slots.
+        uniform_pads: a query that stands before the first key of its sequence, at row ``key_start - 1`` of k and v,
+            weighs S values alike: those of all keys, and its own for each of the S - ``seqlens_k`` places without one.
         Others as in ``attention``.
 
     Returns:
@@ -168,8 +194,18 @@ def attention_packed_reference(
         return flat.view(batch, max_seqlen_k, *x.shape[1:]).transpose(1, 2)
 
     valid = padded(torch.ones_like(key_place, dtype=torch.bool)[:, None], key_place)[:, 0]
+    own = v[(key_start.long() - 1).clamp(min=0)][:, :, None] if uniform_pads and len(v) else None
     q, k, v = padded(q, query_place), padded(k, key_place), padded(v, key_place)
-    out = attention_reference(q, k, v, valid, bias, sinks, scale, causal, window_left, window_right, softcap)
+    if own is not None:
+        v = torch.where(valid[:, None, :, None], v, own)
+    tables = (
+        None if query_table is None else padded(query_table, query_place),
+        query_index,
+        None if key_table is None else padded(key_table, key_place),
+        key_index,
+    )
+    options = (scale, causal, window_left, window_right, softcap, *tables, uniform_pads)
+    out = attention_reference(q, k, v, valid, bias, sinks, *options)
     return out.reshape(batch * max_seqlen_k, q.shape[1], v.shape[3])[query_place]
 
 

@@ -13,7 +13,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from tilewright.ops.attention import attend_reference
+from tilewright.ops.attention import attend_reference, scores_reference
 from tilewright.ops.registry import register
 from tilewright.ops.traits import Flow, Traits
 
@@ -74,7 +74,8 @@ def attention_paged_reference(
         if window_left >= 0:
             allowed = allowed & (key[None] >= query[:, None] - window_left)
         queries = q[first:last].transpose(0, 1)[None]
-        found = attend_reference(queries, keys, values, allowed[None, None], None, sinks, scale, softcap)
+        scores = scores_reference(queries, keys, scale, softcap)
+        found = attend_reference(scores, values, allowed[None, None], sinks, q.dtype)
         out[first:last] = found[0].transpose(0, 1)
     return out
 

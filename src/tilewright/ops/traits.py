@@ -13,7 +13,7 @@ class Flow(Enum):
 
     POINTWISE = "pointwise"  # inputs broadcast against one another from the right; every axis flows
     LAST_AXIS = "last_axis"  # works along the last axis of input 0 (norm, softmax over -1); all others flow
-    CONTRACT = "contract"  # linear: the last axis of input 0 is replaced; all others flow
+    CONTRACT = "contract"  # linear, of heads or not: the last axis of input 0 is replaced; all others flow
     GROUPED = "grouped"  # linear whose weight each row chooses; as CONTRACT
     ROUTE = "route"  # tables of the rows that each weight of a GROUPED op has
     LOOKUP = "lookup"  # embedding(table, ids): the axes of ids flow, one new last axis
