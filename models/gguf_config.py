@@ -23,6 +23,7 @@ _CONVERT = "convert the model again with a current llama.cpp"
 _FIELDS = {
     "context_length": ("max_position_embeddings",),
     "feed_forward_length": ("intermediate_size", "n_inner"),
+    "attention.layer_norm_epsilon": ("layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps"),
     "attention.sliding_window": ("sliding_window",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),
     "final_logit_softcapping": ("final_logit_softcapping",),
@@ -165,6 +166,8 @@ def _left_out(
         name = next((names.get(n, n) for n in candidates if names.get(n, n) in known), None)
         if key in keys and name is not None and name not in fields:
             found[name] = keys[key]
+    if "num_key_value_heads" in known and "attention.head_count_kv" not in keys:
+        found["num_key_value_heads"] = keys["attention.head_count"]
     if "use_sliding_window" in known:
         found.pop("sliding_window", None)  # these models have none unless they say so, and no key does
     width = keys["embedding_length"] // keys["attention.head_count"]

@@ -8,7 +8,7 @@ All numbers are little-endian. Versions 2 and 3 are read.
 import math
 import mmap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ class GgufFile:
 
     path: Path
     version: int
-    metadata: Mapping[str, Any]
-    entries: Mapping[str, tuple[int, int]]
-    tensors: Mapping[str, GgufTensor]
-    mapped: mmap.mmap
+    metadata: Mapping[str, Any] = field(repr=False)
+    entries: Mapping[str, tuple[int, int]] = field(repr=False)
+    tensors: Mapping[str, GgufTensor] = field(repr=False)
+    mapped: mmap.mmap = field(repr=False)
 
     @cached_property
     def _bytes(self) -> Tensor:

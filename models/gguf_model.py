@@ -1,7 +1,8 @@
 """A model out of a GGUF file: built from its metadata, its weights left as they are stored."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ class GgufModel:
 
     Attributes:
         file: that it is in.
-        model: the transformers model in eval mode; its parameters are on the meta device, its buffers are real.
+        model: the transformers model in eval mode, on the CPU. It can be traced, but not run: its matrices have their
+            shapes and no memory, every element is one NaN. Its other parameters and its buffers are real.
         stored: matrices by parameter name. A parameter that is used under several names (tied embeddings) is here
             under the first of ``model.named_parameters()``.
         dense: the other parameters by name, fp32: norms and biases. Each parameter is in one of the two.
@@ -33,8 +35,8 @@ class GgufModel:
 
     file: GgufFile
     model: Any
-    stored: Mapping[str, StoredParameter]
-    dense: Mapping[str, Tensor]
+    stored: Mapping[str, StoredParameter] = field(repr=False)
+    dense: Mapping[str, Tensor] = field(repr=False)
 
 
 def load_gguf(path: str | Path) -> GgufModel:
@@ -49,6 +51,9 @@ def load_gguf(path: str | Path) -> GgufModel:
     file = open_gguf(path)
     model = _empty_model(file)
     weights = find_weights(file, model)
+    # Not on the meta device: tracing would write that device into the graph.
+    shapes = {name: torch.full((), math.nan).expand(stored.shape) for name, stored in weights.stored.items()}
+    _set_parameters(model, shapes | weights.dense)
     _make_buffers(file, model)
     return GgufModel(file, model, weights.stored, weights.dense)
 
@@ -59,12 +64,8 @@ def dense_model(loaded: GgufModel) -> Any:
     Takes 4 bytes of memory for each weight. ``loaded`` stays as it is.
     """
     model = _empty_model(loaded.file)
-    values = {name: nn.Parameter(widen_parameter(stored), False) for name, stored in loaded.stored.items()}
-    values |= {name: nn.Parameter(value.clone(), False) for name, value in loaded.dense.items()}
-    by_parameter = {id(parameter): values[name] for name, parameter in model.named_parameters()}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, by_parameter[id(parameter)])
+    widened = {name: widen_parameter(stored) for name, stored in loaded.stored.items()}
+    _set_parameters(model, widened | {name: value.clone() for name, value in loaded.dense.items()})
     _make_buffers(loaded.file, model)
     return model
 
@@ -85,6 +86,14 @@ def _empty_model(file: GgufFile) -> Any:
         if len(ends) > 1:
             config.eos_token_id = list(dict.fromkeys(ends))
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def _set_parameters(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Gives parameters new values, by their first names; tied ones stay tied."""
+    new = {id(parameter): nn.Parameter(values[name], False) for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, name, new[id(parameter)])
 
 
 def _make_buffers(file: GgufFile, model: Any) -> None:

@@ -12,6 +12,7 @@ _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 TENSORS = (FREQUENCIES, _LONG, _SHORT)
 """Tensors that are no parameters: they divide the frequencies."""
 
+_BASE = 10000.0  # of files that state none, as in llama.cpp
 _SCALINGS = {"none": "default", "linear": "linear", "yarn": "yarn", "longrope": "longrope"}
 _YARN = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
 
@@ -31,7 +32,7 @@ def rope_fields(file: GgufFile, keys: Mapping[str, Any], default: Any, head: int
     defaults = default.to_dict().get("rope_parameters")
     if defaults is None:
         return {}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if "rope.freq_base" in keys else {"rope_theta": _BASE}
     rotated = keys.get("rope.dimension_count")
     if rotated is not None and "partial_rotary_factor" in defaults:
         found["partial_rotary_factor"] = rotated / head

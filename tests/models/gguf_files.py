@@ -84,8 +84,9 @@ def _add_metadata(writer: Any, config: Any, arch: str, keys: dict[str, Any]) -> 
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(width)
     writer.add_head_count(heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", heads))
-    names = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon")
+    if getattr(config, "num_key_value_heads", heads) != heads:
+        writer.add_head_count_kv(config.num_key_value_heads)
+    names = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_epsilon", "norm_eps")
     epsilon = next(getattr(config, name) for name in names if hasattr(config, name))
     if hasattr(config, "rms_norm_eps"):
         writer.add_layer_norm_rms_eps(epsilon)
@@ -120,16 +121,19 @@ def convert(model: Any, arch: str) -> dict[str, Tensor]:
             continue
         target = names.get_name(stem) or names.get_name(stem.split(".", 1)[1])
         assert target, f"no name for {name}"
-        found[f"{target}.{suffix}"] = _change(arch, target, stem, parameter.detach(), config, model)
+        found[f"{target}.{suffix}"] = _change(arch, target, name, parameter.detach(), config, model)
     return found
 
 
-def _change(arch: str, target: str, stem: str, value: Tensor, config: Any, model: nn.Module) -> Tensor:
+def _change(arch: str, target: str, name: str, value: Tensor, config: Any, model: nn.Module) -> Tensor:
+    stem = name.rpartition(".")[0]
     if arch == "llama" and target.endswith(("attn_q", "attn_k")):
         heads = config.num_attention_heads if target.endswith("attn_q") else config.num_key_value_heads
         return value.view(heads, 2, -1, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
-    if arch.startswith("gemma") and target.endswith("norm"):
+    if arch.startswith(("gemma", "nemotron")) and name.endswith("norm.weight"):
         return value + 1
+    if target.endswith("ffn_gate_inp_shexp"):
+        return value[0]
     if isinstance(model.get_submodule(stem) if value.ndim == 2 else None, transformers.pytorch_utils.Conv1D):
         return value.t()
     if arch == "bloom" and target.endswith("attn_qkv"):

@@ -13,7 +13,9 @@ from gguf_files import COMMON, kind, tiny_model, write_model
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from tilewright.errors import GgufError
-from tilewright.models.gguf_model import dense_model, load_gguf, widen_parameter
+from tilewright.ir.graph import get_tensor
+from tilewright.models.capture import capture
+from tilewright.models.gguf_model import GgufModel, dense_model, load_gguf, widen_parameter
 from tilewright.models.gguf_tokenizer import load_tokenizer
 
 IDS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 61, 7, 30, 11, 2, 77, 50]])
@@ -78,6 +80,16 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "stablelm": (
         "stablelm", _config("stablelm", partial_rotary_factor=0.5), {"rope.dimension_count": 8},
     ),
+    "qwen2 of equal heads": ("qwen2", _config("qwen2", num_key_value_heads=4), {}),
+    "qwen2moe": (
+        "qwen2moe", _config("qwen2_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32,
+                            shared_expert_intermediate_size=48),
+        {"expert_count": 8, "expert_used_count": 2, "expert_feed_forward_length": 32,
+         "expert_shared_feed_forward_length": 48},
+    ),
+    "nemotron": (
+        "nemotron", _config("nemotron", norm_eps=1e-3, partial_rotary_factor=0.25), {"rope.dimension_count": 4},
+    ),
     "starcoder2": ("starcoder2", _config("starcoder2"), {}),
 }  # fmt: skip
 
@@ -87,13 +99,24 @@ def _logits(model: Any) -> torch.Tensor:
         return model(IDS, use_cache=False).logits
 
 
+def _check_placeholders(loaded: GgufModel) -> None:
+    """Matrices of the model have shapes and no memory of their size, each one apart; all else is real."""
+    parameters = dict(loaded.model.named_parameters())
+    for name in loaded.stored:
+        assert parameters[name].untyped_storage().nbytes() == 4
+        assert parameters[name].isnan().all()
+    assert len({parameters[name].data_ptr() for name in loaded.stored}) == len(loaded.stored)
+    for name, value in loaded.dense.items():
+        assert parameters[name].data_ptr() == value.data_ptr()
+    assert not any(tensor.is_meta for tensor in (*loaded.model.parameters(), *loaded.model.buffers()))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_are_those_of_the_model_that_was_written(case: str, tmp_path: Path) -> None:
     arch, config, keys = CASES[case]
     model = tiny_model(config)
     loaded = load_gguf(write_model(tmp_path / "tiny.gguf", model, arch, keys=keys))
-    assert {parameter.device.type for parameter in loaded.model.parameters()} == {"meta"}
-    assert {buffer.device.type for buffer in loaded.model.buffers()} <= {"cpu"}
+    _check_placeholders(loaded)
     assert loaded.stored.keys() | loaded.dense.keys() == dict(model.named_parameters()).keys()
     again = dense_model(loaded)
     for name, parameter in model.named_parameters():
@@ -116,6 +139,17 @@ def test_stored_weights_are_those_that_transformers_widens(case: str, form: str,
         assert {part.format for part in stored.parts} == {expected}
     for name, value in loaded.dense.items():
         assert torch.equal(value, reference[name]), name
+
+
+def test_a_model_without_its_matrices_can_be_traced(tmp_path: Path) -> None:
+    arch, config, keys = CASES["gemma3"]
+    loaded = load_gguf(write_model(tmp_path / "tiny.gguf", tiny_model(config), arch, "Q8_0", keys))
+    gm = capture(loaded.model)
+    weights = {str(node.target) for node in gm.graph.find_nodes(op="get_attr")}
+    tensors = [get_tensor(gm, node) for node in gm.graph.find_nodes(op="get_attr")]
+    assert loaded.stored.keys() | loaded.dense.keys() <= weights | {name.replace(".", "_") for name in weights}, weights
+    assert {tensor.device.type for tensor in tensors} == {"cpu"}
+    assert "meta" not in gm.code
 
 
 def test_weights_share_the_mapped_file_where_rows_stay_in_order(tmp_path: Path) -> None:
