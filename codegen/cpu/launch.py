@@ -1,8 +1,8 @@
 """Parallel launch of kernels over torch's own OpenMP threads, by one native function.
 
 A step is one kernel launch. ``run_steps`` executes a list of steps in one native call; each step's programs are
-handed out in chunks from an atomic counter, so uneven programs balance (a static split was 1.4 times slower on
-ragged batches). The threads are those of the OpenMP runtime torch itself is linked to: a pool of our own would
+handed out in shrinking chunks from an atomic counter, so uneven programs balance (a static split was 1.4 times slower
+on ragged batches). The threads are those of the OpenMP runtime torch itself is linked to: a pool of our own would
 compete with torch's spinning workers.
 
 After ``fork`` an OpenMP pool is unusable in the child (its threads do not exist there, and the runtime waits for
@@ -37,7 +37,9 @@ class Step(ctypes.Structure):
         args: address of the argument slots, 8 bytes each.
         grid_x, grid_y, grid_z: programs along each axis; a step with no programs does nothing.
         flags: 0 or ``SERIAL``.
-        chunk: programs a thread takes at a time; 0 means ``max(1, total / (16 * threads))``.
+        chunk: programs a thread takes at a time; 0 means ``max(1, left / (8 * threads))`` of those that are left: few
+            long stretches first, so that neighbours find one another's operands in the caches, and single programs at
+            the end, so that threads end together (Polychronopoulos and Kuck, "Guided self-scheduling", 1987).
     """
 
     _fields_ = (

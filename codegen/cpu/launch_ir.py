@@ -5,10 +5,11 @@ i32 threads)``, ``run_record(ptr record, i32 threads)``, and two variables: ``pa
 or null, and ``thread_limit``.
 """
 
-# %job lives on the stack of the launching thread: the step, its total and chunk, and 128 bytes further on, alone
-# on its cache lines, the counter of programs handed out.
+# %job lives on the stack of the launching thread: the step, its total, the chunk asked for or 0, the number of parts
+# that what is left is thought divided into, and 128 bytes further on, alone on its cache lines, the counter of programs
+# handed out.
 LAUNCH_IR = """%step = type { ptr, ptr, i32, i32, i32, i32, i64 }
-%job = type { ptr, ptr, i32, i32, i32, i32, i64, i64, [80 x i8], i64, [120 x i8] }
+%job = type { ptr, ptr, i32, i32, i32, i32, i64, i64, i64, [72 x i8], i64, [120 x i8] }
 
 @parallel = global ptr null
 @thread_limit = global i32 2147483647
@@ -27,18 +28,33 @@ entry:
   %total.at = getelementptr %job, ptr %job, i32 0, i32 6
   %total = load i64, ptr %total.at
   %chunk.at = getelementptr %job, ptr %job, i32 0, i32 7
-  %chunk = load i64, ptr %chunk.at
-  %next = getelementptr %job, ptr %job, i32 0, i32 9
+  %given = load i64, ptr %chunk.at
+  %is.given = icmp sgt i64 %given, 0
+  %parts.at = getelementptr %job, ptr %job, i32 0, i32 8
+  %parts = load i64, ptr %parts.at
+  %next = getelementptr %job, ptr %job, i32 0, i32 10
+  br label %look
+look:
+  %seen = load atomic i64, ptr %next monotonic, align 8
   br label %take
 take:
-  %first = atomicrmw add ptr %next, i64 %chunk monotonic
+  %first = phi i64 [ %seen, %look ], [ %now, %claim ]
   %some = icmp slt i64 %first, %total
-  br i1 %some, label %run, label %done
+  br i1 %some, label %claim, label %done
+claim:
+  %left = sub i64 %total, %first
+  %part = udiv i64 %left, %parts
+  %share = select i1 %is.given, i64 %given, i64 %part
+  %least = call i64 @llvm.smax.i64(i64 %share, i64 1)
+  %count = call i64 @llvm.smin.i64(i64 %least, i64 %left)
+  %last = add i64 %first, %count
+  %swap = cmpxchg weak ptr %next, i64 %first, i64 %last monotonic monotonic
+  %now = extractvalue { i64, i1 } %swap, 0
+  %mine = extractvalue { i64, i1 } %swap, 1
+  br i1 %mine, label %run, label %take
 run:
-  %end = add i64 %first, %chunk
-  %last = call i64 @llvm.smin.i64(i64 %end, i64 %total)
   call void %fn(ptr %args, i32 %x, i32 %y, i32 %z, i64 %first, i64 %last)
-  br label %take
+  br label %look
 done:
   ret void
 }
@@ -71,11 +87,7 @@ direct:
   br label %done
 share:
   %threads64 = zext i32 %threads to i64
-  %parts = mul i64 %threads64, 16
-  %even = udiv i64 %total, %parts
-  %default = call i64 @llvm.smax.i64(i64 %even, i64 1)
-  %is.given = icmp sgt i64 %given, 0
-  %chunk = select i1 %is.given, i64 %given, i64 %default
+  %parts = mul i64 %threads64, 8
   store ptr %fn, ptr %job
   %args.at = getelementptr %job, ptr %job, i32 0, i32 1
   store ptr %args, ptr %args.at
@@ -88,8 +100,10 @@ share:
   %total.at = getelementptr %job, ptr %job, i32 0, i32 6
   store i64 %total, ptr %total.at
   %chunk.at = getelementptr %job, ptr %job, i32 0, i32 7
-  store i64 %chunk, ptr %chunk.at
-  %next = getelementptr %job, ptr %job, i32 0, i32 9
+  store i64 %given, ptr %chunk.at
+  %parts.at = getelementptr %job, ptr %job, i32 0, i32 8
+  store i64 %parts, ptr %parts.at
+  %next = getelementptr %job, ptr %job, i32 0, i32 10
   store i64 0, ptr %next
   call void %pool(ptr @work, ptr %job, i32 %threads, i32 0)
   br label %done
