@@ -44,17 +44,18 @@ class Tile:
     k: int
 
 
-# Columns and step along K, measured on a CPU with 512-bit vectors, one thread, beside the vendor's prepacked product.
+# Columns and step along K. A step of a panel is 32 KB, which stay in a first-level cache while all rows of a tile pass
+# by; fp16 is twice as wide there, and bytes gain nothing from longer steps.
 _TILES = {
     torch.float64: (32, 128),
-    torch.float32: (64, 256),
+    torch.float32: (64, 128),
     torch.float16: (64, 128),
-    torch.bfloat16: (64, 128),
+    torch.bfloat16: (64, 256),
     torch.int8: (64, 256),
 }
-# Rows of a tile by variant: of few rows up to 8; from some hundreds on tall tiles win 2 % (8 % in half types), below
-# that they lose on row counts they do not divide.
-_ROWS = {"triton_one": 1, "triton_few": 4, "triton": 16, "triton_many": 32}
+# Rows of a tile by variant: of few rows up to 8; from some hundreds on tall tiles win 3 %, as they read the panels of a
+# long K less often, below that there are too few of them.
+_ROWS = {"triton_one": 1, "triton_few": 4, "triton": 16, "triton_many": 64}
 # With weights in block formats, eight rows cost hardly more than four: unpacking is for all rows of a tile.
 _BLOCK_ROWS = {"triton_one": 1, "triton_few": 4, "triton": 8, "triton_many": 32}
 _LEAST_STEP = 32
