@@ -14,6 +14,7 @@ from tilewright.codegen.cpu.microkernel_pack import Pack
 from tilewright.codegen.cpu.microkernel_step import (
     Step,
     bf16_step,
+    byte_words_step,
     fma_step,
     int8_step,
     int16_step,
@@ -26,6 +27,7 @@ from tilewright.errors import CodegenError
 _FLOATS = ("bf16", "f16", "f32", "f64")
 _INTEGERS = ("i8", "i16", "i32")
 _CACHE_LINE = 64
+BYTES_OF_WORD = 4
 # Products take 4 cycles and two begin in each: with fewer sums at work, units wait.
 _LEAST_ACCUMULATORS = 8
 
@@ -40,7 +42,8 @@ class TileDot:
         acc_dtype: "f64" or "f32" for floats, "i32" for integers.
         b_layout: "kn": rows of N contiguous values, the stride is that between rows of k; "vnni": groups of k
             interleaved, ``[k / group][n][group]``, the stride is that between groups of k. A group fills 32 bits; of
-            i8 without ``vpdpbusd`` it has two values, which fill 32 bits once they are widened to i16.
+            i8 without ``vpdpbusd`` it has two values, which fill 32 bits once they are widened to i16; "words": i8 in
+            groups of four on such processors.
         a_layout: "mk": K contiguous, the stride is that between rows of m; "km": M contiguous, the stride is
             that between rows of k.
         zero_init: the accumulator starts at zero and its old contents are not read.
@@ -143,6 +146,8 @@ def _step(spec: TileDot, target: CpuTarget) -> Step:
         step = bf16_step(target)
     elif (spec.b_dtype, spec.acc_dtype) == ("i8", "i32") and spec.a_dtype == "i8" and target.int8_dot:
         step = int8_step(target)
+    elif spec.b_layout == "words":
+        step = byte_words_step(target) if (spec.a_dtype, spec.b_dtype) == ("i8", "i8") and target.is_x86 else None
     elif spec.b_dtype in ("i8", "i16") and spec.acc_dtype == "i32" and spec.a_dtype in ("i8", "i16") and target.is_x86:
         step = int16_step(spec.b_dtype, target)
     if step is None or spec.k % step.group or BYTES[spec.a_dtype] > BYTES[step.a_dtype]:

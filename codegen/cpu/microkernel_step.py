@@ -101,18 +101,37 @@ def int16_step(b_dtype: str, target: CpuTarget) -> Step:
     B of i8 stays bytes in memory, half as much to read, and is widened when loaded.
     """
 
-    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
-        wide, pairs = vector("i32", lanes), vector("i16", 2 * lanes)
-        name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[lanes]
-        products = ir.op(f"call {wide} @llvm.x86.{name}({pairs} {a}, {pairs} {b})")
-        return ir.op(f"add {wide} {acc}, {products}")
-
     def load_bytes(ir: IrText, pointer: str, lanes: int) -> str:
         words = widen(ir, ir.load(vector("i8", 2 * lanes), pointer, 1), "i8", "i16", 2 * lanes)
         return _fill(ir, "i16", words, 2 * lanes, 8)
 
-    step = _grouped("i16", "i32", target, multiply)
+    step = _grouped("i16", "i32", target, _add_pairs)
     return replace(step, b_bytes=2, load_b=load_bytes) if b_dtype == "i8" else step
+
+
+def _add_pairs(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+    wide, pairs = vector("i32", lanes), vector("i16", 2 * lanes)
+    name = {4: "sse2.pmadd.wd", 8: "avx2.pmadd.wd", 16: "avx512.pmaddw.d.512"}[lanes]
+    products = ir.op(f"call {wide} @llvm.x86.{name}({pairs} {a}, {pairs} {b})")
+    return ir.op(f"add {wide} {acc}, {products}")
+
+
+def byte_words_step(target: CpuTarget) -> Step:
+    """Four products of i8 are added to each i32 lane without ``vpdpbusd``: ``vpmaddwd`` of the bytes with even numbers
+    and of those with odd ones, both widened in their places."""
+
+    def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
+        kind = vector("i16", 2 * lanes)
+
+        def odd(value: str) -> str:
+            return ir.op(f"ashr {kind} {value}, splat (i16 8)")
+
+        def even(value: str) -> str:
+            return odd(ir.op(f"shl {kind} {value}, splat (i16 8)"))
+
+        return _add_pairs(ir, _add_pairs(ir, acc, even(a), even(b), lanes), odd(a), odd(b), lanes)
+
+    return replace(_grouped("i16", "i32", target, multiply, align=1), group=4, a_dtype="i8")
 
 
 def int8_step(target: CpuTarget) -> Step:
@@ -184,18 +203,20 @@ def _grouped(
     target: CpuTarget,
     multiply: Callable[[IrText, str, str, str, int], str],
     surplus: Callable[[IrText, str, str, int], str] | None = None,
+    align: int | None = None,
 ) -> Step:
     """A step whose instruction exists for 4, 8 and 16 lanes; fewer lanes are computed in 4."""
     element, group = LLVM_TYPES[dtype], 4 // BYTES[dtype]
+    align = align or BYTES[dtype]
 
     def load_a(ir: IrText, pointer: str, lanes: int) -> str:
         lanes = max(lanes, 4)
         # One load of 32 bits and a broadcast: the form that becomes an embedded broadcast.
-        words = ir.splat("i32", ir.load("i32", pointer, BYTES[dtype]), lanes)
+        words = ir.splat("i32", ir.load("i32", pointer, align), lanes)
         return ir.op(f"bitcast {vector('i32', lanes)} {words} to {vector(element, group * lanes)}")
 
     def load_b(ir: IrText, pointer: str, lanes: int) -> str:
-        words = _fill(ir, "i32", ir.load(vector("i32", lanes), pointer, BYTES[dtype]), lanes)
+        words = _fill(ir, "i32", ir.load(vector("i32", lanes), pointer, align), lanes)
         lanes = max(lanes, 4)
         return ir.op(f"bitcast {vector('i32', lanes)} {words} to {vector(element, group * lanes)}")
 

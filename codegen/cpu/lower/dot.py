@@ -7,7 +7,7 @@ from tilewright.codegen.cpu.lower.context import Buffer, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform, is_const
 from tilewright.codegen.cpu.lower.operand import Tile, converted, grouped_tile_of, tile_of
 from tilewright.codegen.cpu.lower.tiles import materialize
-from tilewright.codegen.cpu.microkernel import TileDot, interleaved_group, packed_form, tile_dot
+from tilewright.codegen.cpu.microkernel import BYTES_OF_WORD, TileDot, interleaved_group, packed_form, tile_dot
 from tilewright.codegen.cpu.microkernel_amx import TileShape
 from tilewright.codegen.cpu.microkernel_pack import PackB, pack_b_text
 from tilewright.codegen.cpu.target import CpuTarget
@@ -71,13 +71,24 @@ def lower_dot(ctx: Context, op: Op) -> None:
     acc, zero = _accumulator(ctx, op, acc_elem)
     if len(op.result.shape) == 2:
         left = tile_of(ctx, op.operands[0], elem)
-        group = interleaved_group(_DTYPES[elem.name], ctx.target)
-        fits = group > 1 and op.operands[0].shape[1] % group == 0
-        right = (grouped_tile_of(ctx, op.operands[1], group) if fits else None) or tile_of(ctx, op.operands[1], elem)
+        right = _grouped_right(ctx, op, elem) or tile_of(ctx, op.operands[1], elem)
         _multiply(ctx, op, left, right, acc.ptr, zero)
     else:
         _batched(ctx, op, elem, acc, zero)
     _bind_result(ctx, op, acc)
+
+
+def _grouped_right(ctx: Context, op: Op, elem: Elem) -> Tile | None:
+    """The right operand where the kernel has it in groups that the micro-kernels read."""
+    groups = [interleaved_group(_DTYPES[elem.name], ctx.target)]
+    if elem == I8 and ctx.target.is_x86:
+        groups.append(BYTES_OF_WORD)
+    for group in dict.fromkeys(groups):
+        if group > 1 and op.operands[0].shape[1] % group == 0:
+            tile = grouped_tile_of(ctx, op.operands[1], group)
+            if tile is not None:
+                return tile
+    return None
 
 
 def _bind_result(ctx: Context, op: Op, acc: Buffer) -> None:
@@ -114,7 +125,7 @@ def _multiply(ctx: Context, op: Op, left: Tile, right: Tile, acc: str, zero: boo
     dtype = _DTYPES[left.elem.name]
     b_dtype, b_layout = packed_form(dtype, k, ctx.target)
     b_ptr, b_stride = right.ptr, right.stride
-    if not right.grouped and (right.transposed or (b_dtype, b_layout) != (dtype, "kn")):
+    if right.group == 1 and (right.transposed or (b_dtype, b_layout) != (dtype, "kn")):
         pack = PackB(k, n, dtype, "nk" if right.transposed else "kn", b_dtype, b_layout)
         ctx.functions.setdefault(pack.symbol, pack_b_text(pack, ctx.target))
         b_elem = next(e for e in (F64, F32, F16, BF16, I8, I32, Elem("int", 16, "i16")) if e.name == b_dtype)
@@ -124,8 +135,9 @@ def _multiply(ctx: Context, op: Op, left: Tile, right: Tile, acc: str, zero: boo
     spec = _spec(op, left.elem, ctx.target, zero)
     apart = b_ptr == right.ptr and b_layout == "kn" and _far_apart(b_stride, n, spec)
     spec = replace(spec, a_layout="km" if left.transposed else "mk", b_apart=apart)
-    if right.grouped:
-        spec = replace(spec, b_dtype=dtype, b_layout="vnni")
+    if right.group > 1:
+        own = right.group == interleaved_group(dtype, ctx.target)
+        spec = replace(spec, b_dtype=dtype, b_layout="vnni" if own else "words")
     # The sums of rows that are undefined stay what they were, as if zeros had been loaded. They are not left undefined
     # themselves: kernels multiply them with zeros later.
     if left.rows is not None and not zero:

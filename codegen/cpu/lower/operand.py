@@ -30,8 +30,7 @@ class Tile:
         stride: i64 elements between successive rows, or columns if ``transposed``.
         transposed: columns are contiguous instead of rows.
         elem: element type.
-        grouped: groups of rows are interleaved, ``[rows / group][columns][group]``; the stride is that between
-            groups.
+        group: rows that are interleaved, ``[rows / group][columns][group]``; the stride is then that between groups.
         rows: i64 number of the rows that a mask lets through, where the others are undefined; None if all are defined.
     """
 
@@ -39,7 +38,7 @@ class Tile:
     stride: str
     transposed: bool
     elem: Elem
-    grouped: bool = False
+    group: int = 1
     rows: str | None = None
 
     def turned(self) -> "Tile":
@@ -84,7 +83,7 @@ def grouped_tile_of(ctx: Context, value: Value, group: int) -> Tile | None:
         if not ctx.checks.can_test_tile(load):
             return None
         ctx.checks.tile(load, *strides)
-    return Tile(strides[0], strides[1][0], False, value.elem, grouped=True)
+    return Tile(strides[0], strides[1][0], False, value.elem, group)
 
 
 def _grouped_scratch(ctx: Context, source: Value, group: int) -> Tile | None:
@@ -94,7 +93,7 @@ def _grouped_scratch(ctx: Context, source: Value, group: int) -> Tile | None:
     # A reshape keeps the order of elements: the tile is written in the shape it is computed in, which vectors fit.
     while source not in ctx.bindings and source.op is not None and source.op.name == "tt.reshape":
         source = source.op.operands[0]
-    return Tile(materialize(ctx, source).ptr, str(columns * group), False, source.elem, grouped=True)
+    return Tile(materialize(ctx, source).ptr, str(columns * group), False, source.elem, group)
 
 
 def _chain(value: Value, source: Value) -> list[Value]:
