@@ -21,12 +21,11 @@ from tilewright.codegen.cpu.microkernel_step import (
     integer_step,
     make_unsigned,
 )
-from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.target import AHEAD, LINE, CpuTarget
 from tilewright.errors import CodegenError
 
 _FLOATS = ("bf16", "f16", "f32", "f64")
 _INTEGERS = ("i8", "i16", "i32")
-_CACHE_LINE = 64
 BYTES_OF_WORD = 4
 # Products take 4 cycles and two begin in each: with fewer sums at work, units wait.
 _LEAST_ACCUMULATORS = 8
@@ -49,6 +48,8 @@ class TileDot:
         zero_init: the accumulator starts at zero and its old contents are not read.
         b_apart: rows of a "kn" B are far apart in memory. Each panel is copied together before it is used, so that it
             stays in the first-level cache, few sets of which hold rows that are a multiple of a page apart.
+        b_ahead: what follows B in memory is read next: it is prefetched where B is used for few rows, so that reading
+            it is most of the work.
         ragged: only the first rows of the sums are wanted, their number is one more parameter. The others keep what
             they hold, or get it added to as well.
     """
@@ -63,12 +64,13 @@ class TileDot:
     a_layout: str = "mk"
     zero_init: bool = False
     b_apart: bool = False
+    b_ahead: bool = False
     ragged: bool = False
 
     @property
     def symbol(self) -> str:
         """Name of the function, the same for equal specs only."""
-        flags = {"zero": self.zero_init, "apart": self.b_apart, "ragged": self.ragged}
+        flags = {"zero": self.zero_init, "apart": self.b_apart, "ahead": self.b_ahead, "ragged": self.ragged}
         forms = "_".join([self.a_layout, self.b_layout, *[name for name, is_set in flags.items() if is_set]])
         return f"tile_dot_{self.m}x{self.n}x{self.k}_{self.a_dtype}_{self.b_dtype}_{self.acc_dtype}_{forms}"
 
@@ -177,14 +179,14 @@ def _prepare_a(ir: IrText, spec: TileDot, step: Step, target: CpuTarget) -> _Til
     group = step.group if spec.a_layout == "km" else 1
     base = "%a"
     if group > 1 or spec.a_dtype != step.a_dtype:
-        base = ir.op(f"alloca [{rows * columns} x {LLVM_TYPES[step.a_dtype]}], align {_CACHE_LINE}")
+        base = ir.op(f"alloca [{rows * columns} x {LLVM_TYPES[step.a_dtype]}], align {LINE}")
         Pack(spec.a_dtype, step.a_dtype, group, target).rows(ir, base, "%a", stride, rows, columns)
         stride = str(columns * group * BYTES[step.a_dtype])
     if step.unsigned_a:
         rows, columns = rows // group, columns * group
         source, source_stride = base, stride
         if base == "%a":
-            base, stride = ir.op(f"alloca [{rows * columns} x i8], align {_CACHE_LINE}"), str(columns)
+            base, stride = ir.op(f"alloca [{rows * columns} x i8], align {LINE}"), str(columns)
         make_unsigned(ir, base, source, source_stride, rows, columns, target)
     unit = str(step.a_bytes)
     return _TileA(base, stride, unit) if spec.a_layout == "mk" else _TileA(base, unit, stride)
@@ -194,7 +196,7 @@ def _emit_tiles(ir: IrText, spec: TileDot, step: Step, a: _TileA, target: CpuTar
     rows, vectors = _block_shape(spec.m, -(-spec.n // step.lanes), target)
     width = vectors * step.lanes
     full = spec.n // width * width
-    copied = ir.op(f"alloca [{spec.k * width * step.b_bytes} x i8], align {_CACHE_LINE}") if spec.b_apart else None
+    copied = ir.op(f"alloca [{spec.k * width * step.b_bytes} x i8], align {LINE}") if spec.b_apart else None
 
     def panel(column: str, lanes: Sequence[int]) -> None:
         acc = ir.at("%acc", ir.mul(column, BYTES[spec.acc_dtype]))
@@ -282,6 +284,12 @@ class _Columns:
         place = ir.at(self.base, ir.mul(index, self.group))
         return [step.load_b(ir, ir.at(place, column * step.b_bytes), width) for column, width in self.registers]
 
+    def prefetch(self, ir: IrText, step: Step, index: str) -> None:
+        """Touches the lines that lie ``AHEAD`` bytes behind a group."""
+        place = ir.at(ir.at(self.base, ir.mul(index, self.group)), AHEAD)
+        for offset in range(0, sum(width for _, width in self.registers) * step.b_bytes, LINE):
+            ir.do(f"call void @llvm.prefetch.p0(ptr {ir.at(place, offset)}, i32 0, i32 3, i32 1)")
+
 
 def _emit_surplus(ir: IrText, spec: TileDot, step: Step, columns: _Columns) -> list[str]:
     """What the products of a row of A with the panel will have too much, one vector for each register of B."""
@@ -312,6 +320,8 @@ def _emit_block(
 
     def group(index: str, values: list[str]) -> list[str]:
         b = columns.load(ir, step, index)
+        if spec.b_ahead and rows == spec.m:
+            columns.prefetch(ir, step, index)
         offset = ir.mul(index, a.group)
         results = []
         for value, (row, register, _, width) in zip(values, cells, strict=True):
@@ -345,4 +355,4 @@ def _emit_block(
 
 def _alignment(*offsets: int) -> int:
     """Largest power of two up to a cache line that divides all offsets into an accumulator."""
-    return next(size for size in (_CACHE_LINE, 32, 16, 8, 4, 2, 1) if all(offset % size == 0 for offset in offsets))
+    return next(size for size in (LINE, 32, 16, 8, 4, 2, 1) if all(offset % size == 0 for offset in offsets))

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from tilewright import settings
 from tilewright.errors import OptionError
 
+LINE = 64
+"""Bytes of a cache line."""
+AHEAD = 4096
+"""How far behind what is read memory is prefetched, in bytes, where a program reads a long run of its own."""
+
 _BF16_DOT = ("+avx512bf16",)
 _INT8_DOT = ("+avx512vnni", "+avxvnni")
 _AMX = frozenset(("+amx-tile", "+amx-bf16", "+amx-int8"))

@@ -138,6 +138,7 @@ def _multiply(ctx: Context, op: Op, left: Tile, right: Tile, acc: str, zero: boo
     if right.group > 1:
         own = right.group == interleaved_group(dtype, ctx.target)
         spec = replace(spec, b_dtype=dtype, b_layout="vnni" if own else "words")
+    spec = replace(spec, b_ahead=right.stream and b_ptr == right.ptr)
     # The sums of rows that are undefined stay what they were, as if zeros had been loaded. They are not left undefined
     # themselves: kernels multiply them with zeros later.
     if left.rows is not None and not zero:

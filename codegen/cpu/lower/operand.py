@@ -15,6 +15,7 @@ from tilewright.codegen.cpu.lower.nest import (
     leaf_pointers,
     nest,
 )
+from tilewright.codegen.cpu.lower.prefetch import is_stream
 from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
 from tilewright.codegen.cpu.ttir.plan import grouped_source
@@ -31,6 +32,7 @@ class Tile:
         transposed: columns are contiguous instead of rows.
         elem: element type.
         group: rows that are interleaved, ``[rows / group][columns][group]``; the stride is then that between groups.
+        stream: it is where a kernel loads it from, and what follows in memory is read next.
         rows: i64 number of the rows that a mask lets through, where the others are undefined; None if all are defined.
     """
 
@@ -39,6 +41,7 @@ class Tile:
     transposed: bool
     elem: Elem
     group: int = 1
+    stream: bool = False
     rows: str | None = None
 
     def turned(self) -> "Tile":
@@ -83,7 +86,7 @@ def grouped_tile_of(ctx: Context, value: Value, group: int) -> Tile | None:
         if not ctx.checks.can_test_tile(load):
             return None
         ctx.checks.tile(load, *strides)
-    return Tile(strides[0], strides[1][0], False, value.elem, group)
+    return Tile(strides[0], strides[1][0], False, value.elem, group, is_stream(ctx, load))
 
 
 def _grouped_scratch(ctx: Context, source: Value, group: int) -> Tile | None:
@@ -156,7 +159,7 @@ def _in_place(ctx: Context, op: Op) -> Tile | None:
     base, (row, column) = strides
     if "1" not in (row, column):
         return None
-    in_place = Tile(base, row if column == "1" else column, column != "1", op.result.elem)
+    in_place = Tile(base, row if column == "1" else column, column != "1", op.result.elem, stream=is_stream(ctx, op))
     complete = _both(ctx, [flag for flag in flags if flag is not None])
 
     def stay() -> Sequence[str]:

@@ -7,16 +7,15 @@ row and computes, and the program after it that reads the next row, are such a s
 from tilewright.codegen.cpu.lower.context import Context, Shifted
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane
 from tilewright.codegen.cpu.lower.nest import index_like
+from tilewright.codegen.cpu.target import AHEAD, LINE
 from tilewright.codegen.cpu.ttir.records import I32, Op, Value
 
-AHEAD = 4096  # bytes
-LINE = 64
 LEAST_RUN = 1024  # bytes; what follows a shorter run is not what is read next
 
 
 def read_ahead(ctx: Context, op: Op, pointer: Lane) -> None:
     """Writes the prefetches that go with reading one vector of a load, if there are any."""
-    if not isinstance(pointer, Affine) or pointer.stride != 1 or not _is_stream(ctx, op):
+    if not isinstance(pointer, Affine) or pointer.stride != 1 or not is_stream(ctx, op):
         return
     level = max(ctx.b.level_of(pointer.base), ctx.levels[op.result], ctx.relies)
     for offset in range(0, pointer.width * op.result.elem.size, LINE):
@@ -24,7 +23,8 @@ def read_ahead(ctx: Context, op: Op, pointer: Lane) -> None:
         ctx.b.effect(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)", level)
 
 
-def _is_stream(ctx: Context, op: Op) -> bool:
+def is_stream(ctx: Context, op: Op) -> bool:
+    """Whether a load reads a long run of memory of its program's own."""
     if op not in ctx.streams:
         ctx.streams[op] = _of_program(op.operands[0]) and _run(ctx, op.operands[0]) * op.result.elem.size >= LEAST_RUN
     return ctx.streams[op]
