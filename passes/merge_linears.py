@@ -14,6 +14,7 @@ from tilewright.ir.layout import Layout
 from tilewright.ir.sizes import contiguous_strides
 from tilewright.ir.views import Strided, apply_view, row_stride, same_sizes
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.block_linear import BLOCK_LINEAR
 from tilewright.passes.anchors import is_view
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.rewrite import Rewriter, argument, erase_dead, is_call, operand
@@ -34,7 +35,8 @@ class MergeLinears(Pass):
       decoder that all read the encoder's output;
     - its weight or bias is computed.
 
-    The joined weight takes the place of its parts in the graph. A part that is used elsewhere too stays as well.
+    Weights in blocks are joined where they are in one format. The joined weight takes the place of its parts in the
+    graph. A part that is used elsewhere too stays as well.
     Each column of the result is the same sum as before.
     """
 
@@ -68,33 +70,41 @@ class _Bundle:
 def _bundles(gm: GraphModule, reasons: dict[str, str]) -> list[list[Node]]:
     """Linears to merge, in graph order; why others that read the same value stay alone goes into ``reasons``."""
     found: list[list[Node]] = []
-    open_: dict[Node, _Bundle] = {}
+    open_: dict[tuple[Node, str], _Bundle] = {}
     for node in gm.graph.nodes:
         for bundle in open_.values():
             if not bundle.closed_by and not bundle.waiting.isdisjoint(node.all_input_nodes):
                 bundle.waiting.add(node)
                 if traits_of(node.target).flow in (Flow.CONTRACT, Flow.ATTENTION):
                     bundle.closed_by = node.name
-        if not is_call(node, aten.linear.default) or _readers_like(node) < 2:
+        form = _form(node)
+        if form is None or _readers_like(node) < 2:
             continue
         if why := _why_alone(node):
             reasons[node.name] = why
             continue
-        known = open_.get(operand(node))
+        known = open_.get((operand(node), form))
         if known is None or known.closed_by:
             if known is not None:
                 first = known.members[0].name
                 reasons[node.name] = f"'{known.closed_by}' lies before it and waits for '{first}', which reads the same"
-            known = open_[operand(node)] = _Bundle()
+            known = open_[operand(node), form] = _Bundle()
             found.append(known.members)
         known.members.append(node)
         known.waiting.add(node)
     return found
 
 
+def _form(node: Node) -> str | None:
+    """Block format of a linear's weight, "" for a matrix; None for other nodes. Weights of one form can be joined."""
+    if is_call(node, BLOCK_LINEAR):
+        return str(argument(node, 3, "format"))
+    return "" if is_call(node, aten.linear.default) else None
+
+
 def _readers_like(node: Node) -> int:
-    """Linears that read the same rows, this one included."""
-    return sum(is_call(user, aten.linear.default) and operand(user) is operand(node) for user in operand(node).users)
+    """Linears of the same form that read the same rows, this one included."""
+    return sum(_form(user) == _form(node) and operand(user) is operand(node) for user in operand(node).users)
 
 
 def _why_alone(node: Node) -> str | None:
@@ -140,10 +150,13 @@ class _Joiner:
         widths = [int(kind.shape[-1]) for kind in kinds]
         args = [x, self._constant(first, [operand(node, 1) for node in bundle], widths)]
         biases = [argument(node, 2, "bias") for node in bundle]
-        if any(bias is not None for bias in biases):
-            args.append(self._constant(first, biases, widths))
+        has_bias, form = any(bias is not None for bias in biases), _form(first)
+        if has_bias or form:
+            args.append(self._constant(first, biases, widths) if has_bias else None)
+        if form:
+            args.append(form)
         type_ = TensorType((*kinds[0].shape[:-1], sum(widths)), kinds[0].dtype)
-        product = self.rw.call(first, aten.linear.default, *args, type=type_)
+        product = self.rw.call(first, first.target, *args, type=type_)
         set_fact(product, layout)
         ends = list(accumulate(widths))
         parts = []

@@ -11,13 +11,14 @@ from torch.fx import GraphModule, Interpreter
 
 import tilewright
 from tilewright.errors import OptionError
-from tilewright.ir.facts import set_fact
+from tilewright.ir.facts import TensorType, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.sizes import BATCH, TOKENS
 from tilewright.ir.stored_weight import StoredParameter, StoredWeight
 from tilewright.ops.blocks import FORMATS, dequantize, quantize
 from tilewright.passes.base import run_pass
+from tilewright.passes.merge_linears import MergeLinears
 from tilewright.passes.quantize_blocks import QuantizeBlocks
 from tilewright.passes.round_rows import RoundRows
 from tilewright.passes.store_blocks import StoreBlocks
@@ -111,6 +112,29 @@ def test_numbers_are_shared_where_they_have_the_type() -> None:
         (found,) = Interpreter(gm).run(*g.example)
         torch.testing.assert_close(found, g.values[x] @ widened(*parts).t())
         assert record.counts == counts
+
+
+def test_products_of_one_value_and_one_format_are_merged() -> None:
+    g = GraphBuilder()
+    x = g.input("x", TOKENS, 64)
+    bytes_of = {
+        name: stored(name.split("_", 1)[1], 40, 64, seed) for seed, name in enumerate(("a_Q8_0", "b_Q8_0", "c_Q5_0"))
+    }
+    products = []
+    for name, part in bytes_of.items():
+        weight = g.weight(name, 40, part.data.shape[1], dtype=torch.int64)
+        setattr(g.root, name, part.data)
+        g.values[weight] = part.data
+        set_fact(weight, TensorType(tuple(part.data.shape), torch.uint8))
+        bias = g.weight("bias", 40) if name == "b_Q8_0" else None
+        products.append(g.call(tw.block_linear.default, x, weight, bias, part.format))
+    out = g.call(aten.sum.dim_IntList, g.call(aten.reshape.default, products[0], [SIZES[TOKENS], 4, 10]), [2])
+    others = [g.call(aten.sum.dim_IntList, p, [1]) for p in products[1:]]
+    gm, record = run_pass(MergeLinears(), with_layouts(g.done(out, *others)))
+    assert record.counts == {"linears": 2, "into": 1}
+    assert count(gm, tw.block_linear.default) == 2
+    for found, want in zip(Interpreter(gm).run(*g.example), g.expected, strict=True):
+        torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("size", [1e-20, 1.0, 1e20])
