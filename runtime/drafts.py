@@ -105,10 +105,19 @@ class DraftModel:
         pages: of its own pool. A sequence that finds no page gets no proposals.
         token_budget: most tokens in one of its steps.
         max_sequences: most sequences in one of its steps.
+        confidence: a proposal of less probability is the last one of its sequence in this step.
     """
 
-    def __init__(self, model: CachedModel, pages: int, token_budget: int = 512, max_sequences: int = 64) -> None:
+    def __init__(
+        self,
+        model: CachedModel,
+        pages: int,
+        token_budget: int = 512,
+        max_sequences: int = 64,
+        confidence: float = 0.0,
+    ) -> None:
         self.model = model
+        self.confidence = confidence
         self._allocator = PageAllocator(pages, model.page_size)
         self._pool = model.make_pages(pages)
         self._buffers = StepBuffers(token_budget, max_sequences)
@@ -141,10 +150,19 @@ class DraftModel:
                     draft.guesses += made[index][-1:]
             if not fills:
                 break
-            for index, guess in zip(fills, largest(self._step(list(fills.values()))), strict=True):
+            logits = self._step(list(fills.values()))
+            sure = self._is_sure(logits)
+            for index, guess in zip(fills, largest(logits), strict=True):
                 made[index].append(guess)
-            active = [index for index in fills if len(made[index]) < asks[index].count]
+            active = [i for i, go_on in zip(fills, sure, strict=True) if go_on and len(made[i]) < asks[i].count]
         return made
+
+    def _is_sure(self, logits: torch.Tensor) -> list[bool]:
+        """Whether the largest of each row has at least the probability asked for."""
+        if self.confidence <= 0:
+            return [True] * len(logits)
+        probability = (logits.amax(1) - logits.logsumexp(1)).exp()
+        return (probability >= self.confidence).tolist()
 
     def _catch_up(self, ask: Ask) -> bool:
         """Computes all but the latest tokens, a sequence at a time; whether there are pages for it."""

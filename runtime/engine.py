@@ -18,6 +18,7 @@ from tilewright.ir.steps import CachedModel
 from tilewright.runtime.choose import Turn, choose
 from tilewright.runtime.drafts import Ask, Drafter
 from tilewright.runtime.kv_pages import PageAllocator, PageTable
+from tilewright.runtime.limits import checked_prompt, most_tokens
 from tilewright.runtime.request import Part, Request, RequestOptions, Status
 from tilewright.runtime.scheduler import Scheduler
 from tilewright.runtime.step_buffers import Fill, StepBuffers
@@ -113,8 +114,8 @@ class Engine:
         self, prompt: Sequence[int] | np.ndarray | torch.Tensor, options: Sequence[RequestOptions]
     ) -> list[Request]:
         """Several requests behind one prompt: its keys are computed once. As ``add_request`` otherwise."""
-        ids = self._checked(prompt)
-        limits = [self._limit(len(ids), each.max_new_tokens) for each in options]
+        ids = checked_prompt(prompt, self.model.vocab_size)
+        limits = [most_tokens(self.model, self.pages, len(ids), each.max_new_tokens) for each in options]
         requests = [
             Request(self, next(self._arrivals), ids, limit, each, PageTable(self._allocator))
             for limit, each in zip(limits, options, strict=True)
@@ -264,46 +265,6 @@ class Engine:
         for request in self._scheduler.running:
             if request.options.drafter is not None:
                 request.options.drafter.forget(request.arrival)
-
-    def _checked(self, prompt: Sequence[int] | np.ndarray | torch.Tensor) -> np.ndarray:
-        """The prompt as [n] int64."""
-        ids = np.asarray(prompt)
-        if ids.ndim != 1 or ids.size == 0:
-            raise InputError(
-                "a prompt has to be a row of at least one token",
-                why=f"it has shape {list(ids.shape)}",
-                hint="begin it with the model's start token if there is no text",
-            )
-        if ids.dtype.kind not in "iu":
-            raise InputError("a prompt has to be whole numbers, ids of tokens", why=f"it is of type {ids.dtype}")
-        ids = ids.astype(np.int64)
-        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
-            wrong = int(ids.min()) if ids.min() < 0 else int(ids.max())
-            raise InputError(
-                "a token is not in the vocabulary", why=f"id {wrong}, and the vocabulary has {self.model.vocab_size}"
-            )
-        return ids
-
-    def _limit(self, prompt: int, new: int | None) -> int:
-        """Most tokens of a request; the key of its last token is never needed."""
-        context, pool = self.model.max_length, self.pages * self.model.page_size + 1
-        if new is not None and new < 1:
-            raise InputError("a request has to ask for at least one token", why=f"max_new_tokens is {new}")
-        total = prompt + (new or 1)
-        if total > context:
-            raise InputError(
-                "the prompt and the new tokens are longer than the model's context",
-                why=f"{prompt} tokens and {new or 'at least 1'} new ones, the context has {context}",
-                hint="shorten the prompt or lower max_new_tokens",
-            )
-        if total > pool:
-            raise InputError(
-                "the cache is smaller than this request",
-                why=f"{total} tokens need {self._allocator.pages_for(total - 1)} pages of {self.model.page_size}, "
-                f"there are {self.pages}",
-                hint="give the engine more pages, shorten the prompt or lower max_new_tokens",
-            )
-        return total if new is not None else min(context, pool)
 
 
 def _fill(part: Part) -> Fill:

@@ -102,6 +102,11 @@ class Request:
         return self._tokens[self.prompt_length : self.length].tolist()
 
     @property
+    def made(self) -> int:
+        """How many tokens have been made so far."""
+        return self.length - self.prompt_length
+
+    @property
     def input_ids(self) -> Tensor:
         """All tokens so far, [1, length] int64: a window."""
         return torch.from_numpy(self.tokens).unsqueeze(0)

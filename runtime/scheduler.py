@@ -79,11 +79,11 @@ class Scheduler:
 
     def finish(self, request: Request, reason: str) -> None:
         """Ends a request wherever it stands; its pages are free."""
+        request.finish_reason = reason
+        request.status = Status.FINISHED
         for queue in (self.running, self.waiting):
             if request in queue:
                 queue.remove(request)
-        request.finish_reason = reason
-        request.status = Status.FINISHED
         self._lose_pages(request)
 
     def preempt(self, request: Request) -> None:
@@ -96,8 +96,9 @@ class Scheduler:
 
     def recount(self) -> None:
         """Makes the books right again after an interruption: what runs is what holds pages."""
+        self.running = [request for request in self.running if not request.finished]
         running = set(self.running)
-        self.waiting = deque(request for request in self.waiting if request not in running)
+        self.waiting = deque(each for each in self.waiting if each not in running and not each.finished)
         for request in self.waiting:
             request.status = Status.WAITING
             request.table.pages.clear()
@@ -140,10 +141,11 @@ class Scheduler:
         youngest that gives way.
         """
         budget = self.token_budget - sum(part.count + len(part.drafts) for part in parts)
-        while self.waiting and budget > 0 and len(self.running) < self.max_sequences:
-            request = self.waiting[0]
+        for request in tuple(self.waiting):
+            if budget <= 0 or len(self.running) >= self.max_sequences:
+                return
             if request.leader is not None:
-                return  # starts on its leader's pages, when these are complete
+                continue  # starts on its leader's pages, when these are complete
             request.computed = request.table.adopt_prefix(request.tokens)
             needed = self.allocator.pages_for(request.length) - len(request.table.pages)
             if needed + len(self.running) > self.allocator.available:
@@ -152,7 +154,7 @@ class Scheduler:
             request.table.reserve(request.computed, request.length)
             self.reused += request.computed
             self._run(request)
-            self.waiting.popleft()
+            self.waiting.remove(request)
             parts.append(Part(request, min(request.pending, budget)))
             budget -= parts[-1].count
 

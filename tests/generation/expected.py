@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-_MADE: dict[tuple[int, tuple[int, ...], int], list[int]] = {}
+_MADE: dict[tuple[Any, tuple[int, ...], int], list[int]] = {}
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     """The greedy tokens behind a prompt, without the prompt."""
-    key = (id(model), tuple(prompt), count)
+    key = (model, tuple(prompt), count)
     if key not in _MADE:
         ids = torch.tensor([prompt])
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)

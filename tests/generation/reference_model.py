@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from tilewright.ir.steps import StepBatch
 
 EMPTY = -1
-_LOGITS: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # by model and tokens: tests meet the same ones often
+_LOGITS: dict[tuple[Any, tuple[int, ...]], Tensor] = {}  # by model and tokens: tests meet the same ones often
 
 
 def tiny_gpt2(seed: int = 0, **changes: Any) -> GPT2LMHeadModel:
@@ -79,7 +79,7 @@ class ReferenceModel:
         return torch.cat(logits).clone() if logits else torch.empty(0, self.vocab_size)
 
     def _logits(self, ids: Tensor) -> Tensor:
-        key = (id(self.model), tuple(ids.tolist()))
+        key = (self.model, tuple(ids.tolist()))
         if key not in _LOGITS:
             _LOGITS[key] = self.model(ids[None]).logits[0]
         return _LOGITS[key]

@@ -1,4 +1,4 @@
-"""The command line: ``tilewright compile | run | inspect | export | env | demo``."""
+"""The command line: ``tilewright compile | run | generate | inspect | export | env | demo``."""
 
 import sys
 

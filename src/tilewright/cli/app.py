@@ -138,6 +138,57 @@ def export(
 
 
 @app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="a local folder, a hub name, or a .gguf file")],
+    prompt: Annotated[str, typer.Option(help="the text to go on from")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens to make")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
+    sample: Annotated[bool | None, typer.Option("--sample/--greedy", help="default: as the model says")] = None,
+    temperature: Annotated[float | None, typer.Option(help="of sampling")] = None,
+    top_k: Annotated[int | None, typer.Option(help="of sampling: most tokens to choose from")] = None,
+    top_p: Annotated[float | None, typer.Option(help="of sampling: probability of the tokens to choose from")] = None,
+    min_p: Annotated[float | None, typer.Option(help="of sampling: least probability beside the likeliest")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="above 1: less of what was said")] = None,
+    seed: Annotated[int | None, typer.Option(help="of sampling")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="a text that ends it; may be repeated")] = None,
+    prompt_lookup: Annotated[int | None, typer.Option(min=1, help="tokens drafted out of the prompt a step")] = None,
+    opt_level: Level = 2,
+    gemm: Gemm = "auto",
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Stream the text that MODEL writes behind a prompt, and show how fast."""
+    from tilewright.cli import generate as command
+    from tilewright.cli import show
+
+    asked = {
+        "do_sample": sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop_strings": stop,
+        "prompt_lookup_num_tokens": prompt_lookup,
+    }
+    options = {name: value for name, value in asked.items() if value not in (None, [])}
+    if sample is None and not {"temperature", "top_k", "top_p", "min_p"}.isdisjoint(options):
+        options["do_sample"] = True
+    options["max_new_tokens"] = max_new_tokens
+    loaded, tokenizer = command.open_model(model)
+    ids = command.prompt_ids(tokenizer, prompt, chat)
+    opened = command.compile_model(loaded, tokenizer, opt_level, gemm, dtype)
+    outcome = command.stream(opened, ids, options, seed, show=not as_json)
+    figures = command.report(outcome, opened.traffic)
+    if as_json:
+        show.fields(out, {"text": outcome.text, "stopped": outcome.stopped, **figures}, as_json)
+    else:
+        show.fields(err, figures, as_json)
+    if outcome.stopped:
+        raise typer.Exit(_STOPPED)
+
+
+@app.command()
 def env(as_json: Json = False) -> None:
     """Show versions, the CPU that kernels are compiled for, settings and the cache."""
     from tilewright.cli import environment, show

@@ -1,0 +1,100 @@
+"""The cache that transformers' beam search works on: a page table a beam, forked when a beam is continued twice."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewright.driver.generation_padding import own_tokens
+from tilewright.ir.steps import CachedModel
+from tilewright.runtime.kv_pages import PageAllocator, PageTable
+from tilewright.runtime.step_buffers import Fill, StepBuffers
+
+
+def pages_of_search(model: CachedModel, prompts: Sequence[int], beams: int, new_tokens: int) -> int:
+    """Most pages a search holds: full pages of a prompt once, all others once a beam.
+
+    Args:
+        model: the model.
+        prompts: lengths of the prompts.
+        beams: of each prompt.
+        new_tokens: most tokens behind each.
+    """
+    size = model.page_size
+    return sum(n // size + beams * (-(-(n + new_tokens) // size) - n // size) for n in prompts)
+
+
+class BeamCache:
+    """Keys of ``beams`` sequences behind each prompt, in pages of a pool that is the search's alone.
+
+    Args:
+        model: what computes.
+        allocator, pool: the pages; enough of them are free.
+        rows: sequences of the search, all beams of all prompts.
+        beams: beams of a prompt; its rows stand together.
+        token_budget: most tokens of a step while prompts are computed.
+    """
+
+    def __init__(
+        self, model: CachedModel, allocator: PageAllocator, pool: Any, rows: int, beams: int, token_budget: int
+    ) -> None:
+        self._model = model
+        self._allocator = allocator
+        self._pool = pool
+        self._beams = beams
+        self._buffers = StepBuffers(max(token_budget, rows), rows)
+        self._tables: list[PageTable] = []
+        self._lengths: list[int] = []
+
+    def get_seq_length(self) -> int:
+        """Of nothing but the first call, which is given all tokens: 0."""
+        return 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i goes on from what row ``beam_idx[i]`` has been so far."""
+        chosen = beam_idx.tolist()
+        before, self._tables = self._tables, [self._tables[row].fork() for row in chosen]
+        self._lengths = [self._lengths[row] for row in chosen]
+        for table in before:
+            table.release()
+
+    def advance(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Logits [rows, V] behind the last token of each row [rows, L]; the first call computes the prompts."""
+        if not self._tables:
+            return self._prefill(own_tokens(input_ids, attention_mask)[:: self._beams])
+        fills, copies = [], []
+        for row, (table, token) in enumerate(zip(self._tables, input_ids[:, -1:].tolist(), strict=True)):
+            start = self._lengths[row]
+            copies += self._reserve(table, start, start + 1)
+            fills.append(Fill(token, start, table.pages, 1))
+            self._lengths[row] += 1
+        if copies:
+            source, target = torch.tensor(copies).unbind(1)
+            self._model.copy_pages(self._pool, source, target)
+        return self._step(fills)
+
+    def _prefill(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Each prompt once, in chunks; its beams fork from it."""
+        last = []
+        for prompt in prompts:
+            tokens, table = prompt.numpy(), PageTable(self._allocator)
+            start = table.adopt_prefix(tokens)
+            while start < len(tokens):
+                stop = min(len(tokens), start + self._buffers.tokens)
+                self._reserve(table, start, stop)
+                logits = self._step([Fill(tokens[start:stop], start, table.pages, int(stop == len(tokens)))])
+                start = stop
+            table.publish(tokens, len(tokens))
+            last.append(logits)
+            self._tables += [table, *(table.fork() for _ in range(self._beams - 1))]
+            self._lengths += [len(tokens)] * self._beams
+        return torch.cat(last).repeat_interleave(self._beams, dim=0)
+
+    def _reserve(self, table: PageTable, start: int, stop: int) -> list[tuple[int, int]]:
+        copies = table.reserve(start, stop)
+        assert copies is not None, "pages_of_search are free"
+        return copies
+
+    def _step(self, fills: Sequence[Fill]) -> Tensor:
+        return self._model.step(self._pool, self._buffers.fill(fills, self._model.page_size))

@@ -1,0 +1,144 @@
+"""``tilewright generate``: streams, stops, and says how fast; its parts against an eager model, the whole once."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import tilewright
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tilewright.cli import generate
+from tilewright.cli.generate import Opened, Outcome, prompt_ids, report, stream
+from tilewright.driver.traffic import Traffic
+from tilewright.errors import InputError, OptionError
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A letter an id."""
+    tokenizer = Tokenizer(WordLevel({chr(48 + number): number for number in range(64)}, unk_token="0"))
+    tokenizer.pre_tokenizer = Split("", "isolated")
+    tokenizer.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def _model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=None))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.dim() > 1 else 1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("causal")
+    _model().save_pretrained(path)
+    _tokenizer().save_pretrained(path)
+    return path
+
+
+def _opened(model: Any) -> Opened:
+    return Opened(model, _tokenizer(), Traffic(1000, 10))
+
+
+def _expected(prompt: str, count: int) -> str:
+    ids = _tokenizer()(prompt, return_tensors="pt")["input_ids"]
+    return _tokenizer().decode(_model().generate(ids, max_new_tokens=count, do_sample=False)[0, len(prompt) :])
+
+
+def test_text_is_written_as_it_is_made(capsys: pytest.CaptureFixture[str]) -> None:
+    opened = _opened(_model())
+    outcome = stream(opened, prompt_ids(opened.tokenizer, "Abc", False), {"max_new_tokens": 9}, None, show=True)
+    assert outcome.text == _expected("Abc", 9)
+    assert capsys.readouterr().out == outcome.text + "\n"
+    assert len(outcome.times) == 9
+    assert outcome.times == sorted(outcome.times)
+    assert not outcome.stopped
+
+
+class Interrupted:
+    """A model that Ctrl-C meets at its fourth token."""
+
+    def generate(self, ids: torch.Tensor, **options: Any) -> Any:
+        def interrupt(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if ids.shape[1] == 3 + 3:
+                raise KeyboardInterrupt
+            return scores
+
+        return _model().generate(ids, logits_processor=[interrupt], **options)
+
+
+def test_ctrl_c_keeps_what_was_made(capsys: pytest.CaptureFixture[str]) -> None:
+    opened = _opened(Interrupted())
+    outcome = stream(opened, prompt_ids(opened.tokenizer, "Abc", False), {"max_new_tokens": 9}, None, show=True)
+    assert outcome.stopped
+    assert len(outcome.times) == 3
+    assert outcome.text == _expected("Abc", 3)
+    assert capsys.readouterr().out == outcome.text + "\n"
+
+
+def test_figures() -> None:
+    outcome = Outcome(prompt_tokens=20, times=[0.5, 0.6, 0.7, 0.8, 0.9])
+    figures = report(outcome, Traffic(weights=1000, per_slot=10))
+    assert figures["seconds to the first token"] == 0.5
+    assert figures["tokens a second"] == 10.0
+    assert figures["bytes read a token"] == 1000 + 10 * 22.5
+    limit = figures["bytes a second that memory gives"] / figures["bytes read a token"]
+    assert figures["share of the bandwidth limit"] == round(10 / limit, 3)
+    assert report(Outcome(3), Traffic(1, 1)) == {"prompt tokens": 3, "new tokens": 0}
+    assert "tokens a second" not in report(Outcome(3, times=[0.1]), Traffic(1, 1))
+
+
+def test_prompts_that_say_nothing() -> None:
+    with pytest.raises(InputError, match="no tokens"):
+        prompt_ids(_tokenizer(), "", False)
+    with pytest.raises(InputError, match="no chat template"):
+        prompt_ids(_tokenizer(), "A", True)
+
+
+def test_chat_template() -> None:
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    )
+    assert prompt_ids(tokenizer, "bc", True).tolist() == tokenizer("<bc>A", return_tensors="pt")["input_ids"].tolist()
+
+
+def test_options_out_of_range_are_one_message() -> None:
+    opened = _opened(_model())
+    options = {"max_new_tokens": 2, "do_sample": True, "temperature": -1.0}
+    with pytest.raises(OptionError, match="temperature"):
+        stream(opened, torch.tensor([[1]]), options, None, show=False)
+
+
+def test_the_command(folder: Path) -> None:
+    made = json.loads(tilewright("generate", str(folder), "--prompt", "Abc", "--max-new-tokens", "9", "--json"))
+    assert made["text"] == _expected("Abc", 9)
+    assert made["new tokens"] == 9
+    assert made["bytes read a token"] > 4 * (12 * 32 * 32 + 64 * 32)
+    assert "no tokens" in tilewright("generate", str(folder), "--prompt", "", code=1)
+
+
+def test_options_of_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "compile_model", lambda model, *options: _opened(model))
+    ask = ("generate", str(folder), "--prompt", "Abc", "--max-new-tokens", "9")
+    assert tilewright(*ask) == _expected("Abc", 9) + "\n"
+    drawn = [tilewright(*ask, "--top-k", "9", "--seed", seed) for seed in "112"]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert tilewright(*ask, "--top-k", "9", "--greedy") == _expected("Abc", 9) + "\n"
+    first = _expected("Abc", 9)[0]
+    assert tilewright(*ask, "--stop", first) == first + "\n"
+    assert "temperature" in tilewright(*ask, "--temperature", "-1", code=1)
+    monkeypatch.setattr(generate, "compile_model", lambda model, *options: _opened(Interrupted()))
+    stopped = tilewright(*ask, code=130)
+    assert stopped.startswith(_expected("Abc", 3) + "\n")
+    assert "new tokens" in stopped
+    assert stopped.endswith("stopped\n")
