@@ -2,7 +2,8 @@
 
 For each group of a block, its numbers are unpacked to bytes and multiplied with the rows' bytes exactly; the scale of
 the group and those of the rows' blocks follow in fp32. Where a format has minimums, they are multiplied with the sums
-of the rows' blocks. A program goes through one panel of rows of the weight front to back.
+of the rows' blocks. Rows of floating-point numbers meet the widened numbers instead. A program goes through one panel
+of rows of the weight front to back.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from tilewright.codegen.index import Index
 from tilewright.codegen.nodes import arguments
 from tilewright.codegen.writer import Var
 from tilewright.errors import CodegenError
-from tilewright.ir.facts import where
+from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ops.block_linear import BLOCK_LINEAR, BLOCK_LINEAR_INT8, ROUNDED_BLOCK
 from tilewright.ops.block_panels import has_panels
 from tilewright.ops.blocks import block_format
@@ -37,20 +38,13 @@ def multiply_blocks(
     """Writes ``acc``: the tile's rows times one panel.
 
     Args:
-        anchor: a ``block_linear_int8``.
+        anchor: a ``block_linear`` or ``block_linear_int8``.
         rows: place of the tile's rows along the axes of x but the last.
         k: elements of a row.
 
     Raises:
-        CodegenError: the rows are not rounded, the format has no panels, or the weight is computed.
+        CodegenError: the rows are in fp64, the format has no panels, or the weight is computed.
     """
-    if anchor.target is not BLOCK_LINEAR_INT8:
-        raise CodegenError(
-            "a product in a block format has a kernel for rounded rows only",
-            where=where(anchor),
-            why="its rows are floating-point numbers",
-            hint='activations="int8" rounds them',
-        )
     given, writer = arguments(anchor), evaluator.writer
     form = block_format(given["format"])
     if not has_panels(form.name):
@@ -61,18 +55,25 @@ def multiply_blocks(
     writer.statement("acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
     size = min(form.group, ROUNDED_BLOCK)
     given_rows = _Rows(evaluator, anchor, rows, k)
+    if fact(given["input"], TensorType).dtype == torch.float64:
+        raise CodegenError(
+            "products in block formats are computed in fp32, and these rows are fp64", where=where(anchor)
+        )
+    rounded = anchor.target is BLOCK_LINEAR_INT8
     with writer.block(f"for block in range(0, {k // form.block}):"):
         writer.statement(f"block_ptr = panel_ptr + block * ({form.nbytes} * BLOCK_N)")
         with writer.block(f"for group in tl.static_range({form.block // size}):"):
-            x = given_rows.bytes(f"block * {form.block} + group * {size}", size)
-            x_scale, x_sum = given_rows.scales(
-                f"block * {form.block // ROUNDED_BLOCK} + group * {size} // {ROUNDED_BLOCK}"
-            )
+            x = given_rows.elements(f"block * {form.block} + group * {size}", size, rounded)
             writer.statement(f"numbers, scale, minimum = unpack_{form.name.lower()}(block_ptr, group, BLOCK_N)")
-            writer.statement(f"total = tl.dot({x}, numbers, out_dtype=tl.int32)")
-            writer.statement(f"acc += total.to(tl.float32) * scale * {x_scale}")
-            if form.has_minimums:
-                writer.statement(f"acc -= minimum * {x_sum}")
+            if rounded:
+                place = f"block * {form.block // ROUNDED_BLOCK} + group * {size} // {ROUNDED_BLOCK}"
+                x_scale, x_sum = given_rows.scales(place)
+                writer.statement(f"total = tl.dot({x}, numbers, out_dtype=tl.int32)")
+                writer.statement(f"acc += total.to(tl.float32) * scale * {x_scale}")
+                if form.has_minimums:
+                    writer.statement(f"acc -= minimum * {x_sum}")
+            else:
+                writer.statement(f"acc = tl.dot({x}, numbers.to(tl.float32) * scale - minimum, acc)")
 
 
 def _panels(evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, layout: str) -> str:
@@ -88,19 +89,20 @@ def _panels(evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, layout:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rounded rows of the tile: bytes, scales and sums at places along K."""
+    """The rows of the tile: elements, and scales and sums of rounded ones, at places along K."""
 
     evaluator: Evaluator
     anchor: Node
     rows: tuple[Index, ...]
     k: int
 
-    def bytes(self, start: str, size: int) -> str:
-        """``size`` elements from ``start`` on, [BLOCK_M, size]."""
+    def elements(self, start: str, size: int, rounded: bool) -> str:
+        """``size`` elements from ``start`` on, [BLOCK_M, size], int8 or fp32."""
         node, writer = arguments(self.anchor)["input"], self.evaluator.writer
         writer.column_names[self.k] = "ks"
         column = define_columns(writer, "ks", self.k, size, start, masked=False)
-        value = self.evaluator.raw(node, (*self.rows, column), torch.int8)
+        index = (*self.rows, column)
+        value = self.evaluator.raw(node, index, torch.int8) if rounded else self.evaluator.number(node, index)
         if writer.axes(value.deps) == {0, 1}:
             return value.text
         return writer.emit(value.text, f"tl.broadcast_to({value.text}, [BLOCK_M, BLOCK_KS])", value.deps)

@@ -123,7 +123,8 @@ def _kernel(
     writer.reserve("k_groups", "neighbours", "grouped", "head")
     evaluator = Evaluator(call.graph, writer, inputs)
     row, column = _define_tile(writer, rows, n, tile)
-    of_weight, panel = column, _PANEL
+    of_weight = column
+    panel: str | None = _PANEL
     if heads is not None:
         row, of_weight, panel = _of_head(writer, heads, row, column, n, tile)
     place = unravel(row, source.shape[:-1])

@@ -82,9 +82,17 @@ class Specialize(Pass):
 
 
 def variants_of(key: GemmKey) -> tuple[str, ...]:
-    """The variants there are of a product: the vendor library is not asked for whole numbers and heads."""
-    own = key.dtype == "int8" or key.dtype in FORMATS or key.heads > 1
-    return tuple(variant for variant in GEMM_VARIANTS if variant != VENDOR or not own)
+    """The variants there are of a product.
+
+    The vendor library is not asked for whole numbers and heads. Of numbers, tiles of few rows read a weight as fast as
+    those of one do: only weights that have to be unpacked gain by these.
+    """
+    left_out = set()
+    if key.dtype == "int8" or key.dtype in FORMATS or key.heads > 1:
+        left_out.add(VENDOR)
+    if key.dtype not in FORMATS:
+        left_out.add("triton_one")
+    return tuple(variant for variant in GEMM_VARIANTS if variant not in left_out)
 
 
 def gemm_of(body: GraphModule) -> Node:

@@ -75,11 +75,21 @@ def test_one_block(name: str) -> None:
     check(name, 2, 1, k, "triton_few")
 
 
-def test_rows_that_are_not_rounded_have_no_kernel() -> None:
+@pytest.mark.parametrize("name", PANELS)
+def test_rows_that_are_not_rounded(name: str) -> None:
+    body, k = Body(), 512
+    x, weight = body.input((TOKENS, k)), body.input((100, FORMATS[name].row_bytes(k)), torch.uint8)
+    gm, data = body.module(body.call(BLOCK_LINEAR, x, weight, body.input((100,)), name)), finite_rows(name, 100, k)
+    for rows, variant in ((1, "triton_one"), (11, "triton")):
+        tensors = [torch.randn(rows, k), data, torch.randn(100)]
+        assert_matches(gm, tensors, {TOKENS: rows}, 2e-6, anchor=Anchor.GEMM, variant=variant, weights={1: data})
+
+
+def test_rows_in_fp64_have_no_kernel() -> None:
     body = Body()
-    x, weight = body.input((TOKENS, 64)), body.input((8, 68), torch.uint8)
+    x, weight = body.input((TOKENS, 64), torch.float64), body.input((8, 68), torch.uint8)
     gm = body.module(body.call(BLOCK_LINEAR, x, weight, None, "Q8_0"))
-    with pytest.raises(CodegenError, match="rounded rows only"):
+    with pytest.raises(CodegenError, match="these rows are fp64"):
         emit(gm, Anchor.GEMM, "triton", weights={1: finite_rows("Q8_0", 8, 64)})
 
 
