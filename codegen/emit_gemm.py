@@ -182,9 +182,10 @@ def dot(left: str, right: str, acc: str | None, dtype: torch.dtype) -> str:
 def _define_tile(writer: KernelWriter, rows: Size, n: int, tile: Tile) -> tuple[Index, Index]:
     writer.constants.update(BLOCK_M=tile.m, BLOCK_N=tile.n)
     writer.statement("rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]")
-    writer.statement(f"row_mask = rows < {writer.size(rows)}")
+    if tile.m > 1:  # there are as many tiles of one row as there are rows
+        writer.statement(f"row_mask = rows < {writer.size(rows)}")
     writer.row_deps = frozenset(("rows",))
-    row = writer.define(Var("rows", rows, 0, "BLOCK_M", "row_mask"))
+    row = writer.define(Var("rows", rows, 0, "BLOCK_M", "row_mask" if tile.m > 1 else None))
     writer.statement("cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]")
     full = n % tile.n == 0
     if not full:

@@ -48,6 +48,7 @@ class TileDot:
         zero_init: the accumulator starts at zero and its old contents are not read.
         b_apart: rows of a "kn" B are far apart in memory. Each panel is copied together before it is used, so that it
             stays in the first-level cache, few sets of which hold rows that are a multiple of a page apart.
+        b_positive: no value of an i8 B is below zero.
         b_ahead: what follows B in memory is read next: it is prefetched where B is used for few rows, so that reading
             it is most of the work.
         ragged: only the first rows of the sums are wanted, their number is one more parameter. The others keep what
@@ -64,13 +65,15 @@ class TileDot:
     a_layout: str = "mk"
     zero_init: bool = False
     b_apart: bool = False
+    b_positive: bool = False
     b_ahead: bool = False
     ragged: bool = False
 
     @property
     def symbol(self) -> str:
         """Name of the function, the same for equal specs only."""
-        flags = {"zero": self.zero_init, "apart": self.b_apart, "ahead": self.b_ahead, "ragged": self.ragged}
+        flags = {"zero": self.zero_init, "apart": self.b_apart, "ahead": self.b_ahead}
+        flags |= {"positive": self.b_positive, "ragged": self.ragged}
         forms = "_".join([self.a_layout, self.b_layout, *[name for name, is_set in flags.items() if is_set]])
         return f"tile_dot_{self.m}x{self.n}x{self.k}_{self.a_dtype}_{self.b_dtype}_{self.acc_dtype}_{forms}"
 
@@ -147,7 +150,7 @@ def _step(spec: TileDot, target: CpuTarget) -> Step:
     elif (spec.b_dtype, spec.acc_dtype) == ("bf16", "f32") and spec.a_dtype == "bf16" and target.bf16_dot:
         step = bf16_step(target)
     elif (spec.b_dtype, spec.acc_dtype) == ("i8", "i32") and spec.a_dtype == "i8" and target.int8_dot:
-        step = int8_step(target)
+        step = int8_step(target, spec.b_positive)
     elif spec.b_layout == "words":
         step = byte_words_step(target) if (spec.a_dtype, spec.b_dtype) == ("i8", "i8") and target.is_x86 else None
     elif spec.b_dtype in ("i8", "i16") and spec.acc_dtype == "i32" and spec.a_dtype in ("i8", "i16") and target.is_x86:

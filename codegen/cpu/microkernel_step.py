@@ -134,12 +134,12 @@ def byte_words_step(target: CpuTarget) -> Step:
     return replace(_grouped("i16", "i32", target, multiply, align=1), group=4, a_dtype="i8")
 
 
-def int8_step(target: CpuTarget) -> Step:
+def int8_step(target: CpuTarget, b_positive: bool) -> Step:
     """``vpdpbusd``: four products of i8 are added to each i32 lane, modulo 2**32.
 
-    The instruction multiplies unsigned by signed values, so A enters as a + 128 and the surplus is 128 times
-    the column sums of B. A is made unsigned once (``make_unsigned``): in this loop it would take the ports of the
-    products.
+    The instruction multiplies unsigned by signed values. Where no value of B is below zero, B is its unsigned operand.
+    Else A enters as a + 128 and the surplus is 128 times the column sums of B. A is made unsigned once
+    (``make_unsigned``): in this loop it would take the ports of the products.
     """
 
     def multiply(ir: IrText, acc: str, a: str, b: str, lanes: int) -> str:
@@ -151,6 +151,8 @@ def int8_step(target: CpuTarget) -> Step:
         words = ir.op(f"bitcast {vector('i32', lanes)} {_upper_bits(ir, lanes)} to {vector('i8', 4 * lanes)}")
         return multiply(ir, acc, words, b, lanes)
 
+    if b_positive:
+        return _grouped("i8", "i32", target, lambda ir, acc, a, b, lanes: multiply(ir, acc, b, a, lanes))
     return replace(_grouped("i8", "i32", target, multiply, surplus), unsigned_a=True)
 
 

@@ -158,7 +158,9 @@ def test_weights_in_groups_of_k(features, dtype, group):
 
 
 @triton.jit
-def unpacked(x_ptr, w_ptr, out_ptr, N: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, SHAPE: tl.constexpr):
+def unpacked(
+    x_ptr, w_ptr, out_ptr, N: tl.constexpr, BM: tl.constexpr, K: tl.constexpr, SHAPE: tl.constexpr, OFFSET: tl.constexpr
+):
     rows, cols = tl.arange(0, BM), tl.arange(0, N)
     if SHAPE == 2:
         place = tl.arange(0, K // 8)[:, None] * (4 * N) + tl.arange(0, 4 * N)[None, :]
@@ -168,22 +170,22 @@ def unpacked(x_ptr, w_ptr, out_ptr, N: tl.constexpr, BM: tl.constexpr, K: tl.con
     acc = tl.zeros([BM, N], tl.int32)
     for half in tl.static_range(2):
         part = tl.load(x_ptr + rows[:, None] * K + half * (K // 2) + tl.arange(0, K // 2)[None, :])
-        numbers = ((packed >> (4 * half)) & 15).to(tl.int8, bitcast=True) - 8
+        numbers = ((packed >> (4 * half)) & 15).to(tl.int8, bitcast=True) - OFFSET
         acc = tl.dot(part, numbers.reshape(K // 8, N, 4).permute(0, 2, 1).reshape(K // 2, N), acc, out_dtype=tl.int32)
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], acc)
 
 
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("shape", [2, 3])
+@pytest.mark.parametrize(("shape", "offset"), [(2, 8), (3, 8), (2, 0)])
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 64), (5, 16, 32), (16, 4, 64), (8, 1, 16)])
-def test_weights_unpacked_in_groups(features, m, n, k, shape):
+def test_weights_unpacked_in_groups(features, m, n, k, shape, offset):
     rows = 1 << (m - 1).bit_length()
     x = torch.randint(-128, 128, (rows, k), dtype=torch.int8)
-    weight = torch.randint(-8, 8, (k, n), dtype=torch.int8)
-    low, high = (part.view(k // 8, 4, n).transpose(1, 2) + 8 for part in weight.chunk(2))
+    weight = torch.randint(0, 16, (k, n), dtype=torch.int8) - offset
+    low, high = (part.view(k // 8, 4, n).transpose(1, 2) + offset for part in weight.chunk(2))
     packed = (low | (high << 4)).to(torch.uint8).contiguous()
     out = torch.empty(rows, n, dtype=torch.int32)
-    with_features(unpacked, features)((1,), x, packed, out, N=n, BM=rows, K=k, SHAPE=shape)
+    with_features(unpacked, features)((1,), x, packed, out, N=n, BM=rows, K=k, SHAPE=shape, OFFSET=offset)
     assert torch.equal(out.long(), x.long() @ weight.long())
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from tilewright.codegen.cpu.lower.byte_range import largest_byte
 from tilewright.codegen.cpu.lower.carry import reads
 from tilewright.codegen.cpu.lower.context import Buffer, Context
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform, is_const
@@ -17,6 +18,7 @@ _DTYPES = {"f64": "f64", "f32": "f32", "f16": "f16", "bf16": "bf16", "i8": "i8",
 
 # Rows of A from which a copy of B's panels pays: 2 % at 64 rows, where rows of B 3 KB apart cost 10 %.
 _COPIED_FROM = 32
+_LARGEST_SIGNED = 127
 
 
 def _compute_elem(ctx: Context, op: Op) -> Elem:
@@ -139,6 +141,8 @@ def _multiply(ctx: Context, op: Op, left: Tile, right: Tile, acc: str, zero: boo
         own = right.group == interleaved_group(dtype, ctx.target)
         spec = replace(spec, b_dtype=dtype, b_layout="vnni" if own else "words")
     spec = replace(spec, b_ahead=right.stream and b_ptr == right.ptr)
+    if spec.b_dtype == "i8" and largest_byte(op.operands[1]) <= _LARGEST_SIGNED:
+        spec = replace(spec, b_positive=True)
     # The sums of rows that are undefined stay what they were, as if zeros had been loaded. They are not left undefined
     # themselves: kernels multiply them with zeros later.
     if left.rows is not None and not zero:

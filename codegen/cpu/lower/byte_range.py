@@ -1,0 +1,41 @@
+"""Largest value that a byte may have, read as unsigned, as far as masks and shifts that made it tell."""
+
+from tilewright.codegen.cpu.ttir.literals import python_value
+from tilewright.codegen.cpu.ttir.records import I8, Value
+
+_ANY = 255
+_SAME = {"tt.reshape", "tt.trans", "tt.broadcast", "tt.expand_dims", "tt.splat", "tt.bitcast"}
+
+
+def largest_byte(value: Value) -> int:
+    """The bound of an i8 tensor; 255 where nothing is known."""
+    op = value.op
+    if op is None or value.elem != I8:
+        return _ANY
+    if op.name == "arith.constant":
+        number = python_value(op.attrs["value"], value.elem)
+        return _ANY if number is None else int(number) % 256
+    if op.name in _SAME:
+        return largest_byte(op.operands[0])
+    if op.name not in ("arith.andi", "arith.ori", "arith.shrui", "arith.shli"):
+        return _ANY
+    left, right = op.operands
+    if op.name == "arith.andi":
+        return min(largest_byte(left), largest_byte(right))
+    if op.name == "arith.ori":
+        # All bits up to the highest of either may be set.
+        return (1 << (largest_byte(left) | largest_byte(right)).bit_length()) - 1
+    shift = _constant(right)
+    if shift is None or not 0 <= shift < 8:
+        return _ANY
+    return largest_byte(left) >> shift if op.name == "arith.shrui" else min(_ANY, largest_byte(left) << shift)
+
+
+def _constant(value: Value) -> int | None:
+    op = value.op
+    while op is not None and op.name in _SAME:
+        op = op.operands[0].op
+    if op is None or op.name != "arith.constant":
+        return None
+    number = python_value(op.attrs["value"], value.elem)
+    return None if number is None else int(number)
