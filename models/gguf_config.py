@@ -146,7 +146,11 @@ def _known_to_transformers(file: GgufFile, arch: str) -> dict[str, Any]:
         small.write(b"".join((header, *entries, *tensors, bytes(64))))
         small.flush()
         fields = load_gguf_checkpoint(small.name)["config"]
-    return fields | {"vocab_size": file.tensors["token_embd.weight"].shape[0]}
+    # transformers ties some models whatever the file has.
+    return fields | {
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+    }
 
 
 def _text(text: str) -> bytes:

@@ -45,17 +45,13 @@ def find_weights(file: GgufFile, model: nn.Module) -> Weights:
         model: made from the file's config; its parameters may be on the meta device.
 
     Raises:
-        GgufError: a tensor belongs to no parameter or has another shape, or a parameter has no tensor.
+        GgufError: a tensor belongs to no parameter or has another shape, or a parameter has none or two.
     """
     with foreign(file, "the tensors do not fit the model"):
         tracer = _Tracer(file, model)
         first = _canonical_names(model)
-        given = {tracer.targets.get(name) for name in file.tensors}
         for index, tensor in enumerate(file.tensors.values()):
-            target = tracer.targets.get(tensor.name, "")
-            # Some files have what a model ties twice.
-            is_copy = first.get(target, target) != target and first[target] in given
-            if tensor.name not in ROPE_TENSORS and not is_copy:
+            if tensor.name not in ROPE_TENSORS:
                 tracer.trace(tensor, index)
         dense = {name: torch.from_numpy(np.ascontiguousarray(v, np.float32)) for name, v in tracer.dense.items()}
         stored = {name: _gather(file, name, np.asarray(numbers)) for name, numbers in tracer.rows.items()}
@@ -97,7 +93,7 @@ class _Tracer:
                 return
         target, values = self._process(tensor, self._file.dense(tensor.name).numpy(), self.dense)
         if target is not None:
-            self.dense[target] = values
+            self._put(self.dense, target, values, tensor)
 
     def _try_rows(self, tensor: GgufTensor, numbers: np.ndarray, values: np.ndarray) -> bool:
         try:
@@ -110,8 +106,14 @@ class _Tracer:
             result = result[..., :1]
         if not np.array_equal(np.sort(result, axis=None), numbers.ravel()):
             return False  # not only moved
-        self.rows[target] = result
+        self._put(self.rows, target, result, tensor)
         return True
+
+    def _put(self, into: dict[str, Any], target: str, value: Any, tensor: GgufTensor) -> None:
+        if target in self.rows or target in self.dense:
+            why = f"it has another one beside '{tensor.name}'"
+            raise self._file.error("two tensors for one parameter", item=f"parameter '{target}'", why=why)
+        into[target] = value
 
     def _process(self, tensor: GgufTensor, values: np.ndarray, into: dict[str, Any]) -> tuple[str | None, Any]:
         """Parameter and its value; None where the function itself wrote it to ``into``, joined with other tensors."""

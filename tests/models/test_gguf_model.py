@@ -1,6 +1,8 @@
 """Models out of GGUF files: the same values and the same logits as the model they were made from."""
 
 import importlib.util
+import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,19 @@ import pytest
 import torch
 import transformers
 from gguf_files import COMMON, kind, tiny_model, write_model
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+    load_gguf_checkpoint,
+)
 
 from tilewright.errors import GgufError
 from tilewright.ir.graph import get_tensor
 from tilewright.models.capture import capture
+from tilewright.models.gguf_file import open_gguf
 from tilewright.models.gguf_model import GgufModel, dense_model, load_gguf, widen_parameter
+from tilewright.models.gguf_names import parameter_names
 from tilewright.models.gguf_tokenizer import load_tokenizer
 
 IDS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 61, 7, 30, 11, 2, 77, 50]])
@@ -208,14 +217,24 @@ def test_long_and_short_factors_are_fields_of_the_config(tmp_path: Path) -> None
     torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_a_copy_of_tied_embeddings_is_left_alone(tmp_path: Path) -> None:
+def test_embeddings_are_tied_where_the_file_has_no_output(tmp_path: Path) -> None:
+    """Files of some families have the output beside the embeddings, in another format."""
     arch, config, keys = CASES["bloom"]
     model = tiny_model(config)
+    tied = dense_model(load_gguf(write_model(tmp_path / "tied.gguf", model, arch, keys=keys)))
+    assert tied.lm_head.weight is tied.transformer.word_embeddings.weight
     table = model.transformer.word_embeddings.weight.detach().numpy()
-    path = write_model(tmp_path / "tiny.gguf", model, arch, keys=keys, more={"output.weight": table})
-    again = dense_model(load_gguf(path))
-    assert again.lm_head.weight is again.transformer.word_embeddings.weight
-    torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-4, atol=1e-4)
+    path = write_model(tmp_path / "apart.gguf", model, arch, keys=keys, more={"output.weight": 2 * table})
+    torch.testing.assert_close(_logits(dense_model(load_gguf(path))), 2 * _logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3moe", "gemma3", "gpt2", "bloom", "phi3"])
+def test_names_are_those_of_transformers(case: str) -> None:
+    arch, config, _ = CASES[case]
+    model = tiny_model(config)
+    processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
+    expected = get_gguf_hf_weights_map(model, processor, arch)
+    assert parameter_names(model, processor, arch, config.num_hidden_layers) == expected
 
 
 def test_ends_of_turns_end_a_generation(tmp_path: Path) -> None:
@@ -276,6 +295,27 @@ def test_an_unknown_architecture_is_named_with_those_that_are_read(tmp_path: Pat
     path.write_bytes(path.read_bytes().replace(b"qwen2", b"qvem2"))
     with pytest.raises(GgufError, match=r"(?s)'qvem2'.*gemma3.*llama"):
         load_gguf(path)
+
+
+EXTREMES = [0, 1, 3, 2**31 - 1, 2**31, 2**32 - 1, 0x7FC00000, 0x7F800000]
+"""Bits of a setting: small and large integers, NaN, infinity."""
+
+
+@pytest.mark.parametrize("case", ["llama yarn", "gemma3", "qwen3moe", "gpt2"])
+def test_settings_out_of_range_raise_nothing_else(case: str, tmp_path: Path) -> None:
+    arch, config, keys = CASES[case]
+    path = write_model(tmp_path / "tiny.gguf", tiny_model(config), arch, keys=keys)
+    content = path.read_bytes()
+    changed = 0
+    for key, (start, end) in open_gguf(path).entries.items():
+        if not key.startswith(f"{arch}.") or end - start != 8 + len(key) + 4 + 4:
+            continue
+        for bits in EXTREMES:
+            path.write_bytes(content[: end - 4] + struct.pack("<I", bits) + content[end:])
+            with suppress(GgufError):
+                load_gguf(path)
+            changed += 1
+    assert changed >= 6 * len(EXTREMES)
 
 
 @pytest.mark.skipif(
