@@ -102,6 +102,18 @@ def _mask_of(source: Value, top: int) -> int:
     return min(top, int(number) if op.name == "arith.andi" else 255 >> int(number))
 
 
+def plus_128(ctx: Context, ref: str, lanes: int) -> str:
+    """Bytes plus 128, modulo 256.
+
+    An empty assembler statement hides that 0x80 is constant: LLVM 22 does not finish selecting instructions for the xor
+    of a broadcast and a constant.
+    """
+    emit, words, kind = ctx.b.emit, f"<{lanes // 4} x i32>", f"<{lanes} x i8>"
+    offset = emit(f"call {words} {_OFFSET}({words} splat (i32 {-0x7F7F7F80})) memory(none) nounwind willreturn")
+    given = emit(f"bitcast {kind} {ref} to {words}") if ref != "zeroinitializer" else ref
+    return emit(f"bitcast {words} {emit(f'xor {words} {given}, {offset}')} to {kind}")
+
+
 class ByteDot:
     """The loop body of such a sum, over ``lanes`` elements at a time.
 
@@ -159,17 +171,7 @@ class ByteDot:
         )
 
     def _flipped(self, ref: str) -> str:
-        """The bytes plus 128, modulo 256.
-
-        An empty assembler statement hides that 0x80 is constant: LLVM 22 does not finish selecting instructions for
-        the xor of a broadcast and a constant.
-        """
-        emit = self.ctx.b.emit
-        offset = emit(
-            f"call {self.type} {_OFFSET}({self.type} splat (i32 {-0x7F7F7F80})) memory(none) nounwind willreturn"
-        )
-        words = emit(f"bitcast {self._bytes} {ref} to {self.type}") if ref != "zeroinitializer" else ref
-        return emit(f"bitcast {self.type} {emit(f'xor {self.type} {words}, {offset}')} to {self._bytes}")
+        return plus_128(self.ctx, ref, self.lanes)
 
     def _factor(self, factor: Value | None, point: Point) -> str:
         return "splat (i8 1)" if factor is None else self._narrow(factor, point)

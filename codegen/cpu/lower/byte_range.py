@@ -25,13 +25,14 @@ def largest_byte(value: Value) -> int:
     if op.name == "arith.ori":
         # All bits up to the highest of either may be set.
         return (1 << (largest_byte(left) | largest_byte(right)).bit_length()) - 1
-    shift = _constant(right)
+    shift = splat_constant(right)
     if shift is None or not 0 <= shift < 8:
         return _ANY
     return largest_byte(left) >> shift if op.name == "arith.shrui" else min(_ANY, largest_byte(left) << shift)
 
 
-def _constant(value: Value) -> int | None:
+def splat_constant(value: Value) -> int | None:
+    """The number that all elements of a tensor of integers are; None where they are not one known number."""
     op = value.op
     while op is not None and op.name in _SAME:
         op = op.operands[0].op

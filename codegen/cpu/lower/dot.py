@@ -5,8 +5,9 @@ from dataclasses import replace
 from tilewright.codegen.cpu.lower.byte_range import largest_byte
 from tilewright.codegen.cpu.lower.carry import reads
 from tilewright.codegen.cpu.lower.context import Buffer, Context
+from tilewright.codegen.cpu.lower.inline_dot import fits_inline, inline_dot
 from tilewright.codegen.cpu.lower.lanes import ZERO, Uniform, is_const
-from tilewright.codegen.cpu.lower.operand import Tile, converted, grouped_tile_of, tile_of
+from tilewright.codegen.cpu.lower.operand import Tile, converted, grouped_bytes, grouped_tile_of, tile_of
 from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.microkernel import BYTES_OF_WORD, TileDot, interleaved_group, packed_form, tile_dot
 from tilewright.codegen.cpu.microkernel_amx import TileShape
@@ -73,11 +74,24 @@ def lower_dot(ctx: Context, op: Op) -> None:
     acc, zero = _accumulator(ctx, op, acc_elem)
     if len(op.result.shape) == 2:
         left = tile_of(ctx, op.operands[0], elem)
-        right = _grouped_right(ctx, op, elem) or tile_of(ctx, op.operands[1], elem)
-        _multiply(ctx, op, left, right, acc.ptr, zero)
+        if not _in_place(ctx, op, left, acc, zero):
+            right = _grouped_right(ctx, op, elem) or tile_of(ctx, op.operands[1], elem)
+            _multiply(ctx, op, left, right, acc.ptr, zero)
     else:
         _batched(ctx, op, elem, acc, zero)
     _bind_result(ctx, op, acc)
+
+
+def _in_place(ctx: Context, op: Op, left: Tile, acc: Buffer, zero: bool) -> bool:
+    """Writes the product of few rows with computed bytes without a copy of these; False where it is another product."""
+    if left.elem != I8 or op.operands[0].shape[1] % BYTES_OF_WORD:
+        return False
+    source = grouped_bytes(ctx, op.operands[1], BYTES_OF_WORD)
+    m, n = op.result.shape
+    if source is None or not fits_inline(ctx, m, n, left, source):
+        return False
+    inline_dot(ctx, left, source, acc, zero)
+    return True
 
 
 def _grouped_right(ctx: Context, op: Op, elem: Elem) -> Tile | None:

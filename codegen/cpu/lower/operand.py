@@ -89,14 +89,27 @@ def grouped_tile_of(ctx: Context, value: Value, group: int) -> Tile | None:
     return Tile(strides[0], strides[1][0], False, value.elem, group, is_stream(ctx, load))
 
 
+def grouped_bytes(ctx: Context, value: Value, group: int) -> Value | None:
+    """The bytes [K / group, columns * group] that such a matrix is computed as; None if it is no such one."""
+    source = grouped_source(value)
+    if source is None or source.shape[2] != group or any(v in ctx.bindings for v in _chain(value, source)):
+        return None
+    source = _before_reshape(ctx, source)
+    return source if len(source.shape) == 2 else None
+
+
+def _before_reshape(ctx: Context, value: Value) -> Value:
+    """A reshape keeps the order of elements: the tile in the shape it is computed in, which vectors fit."""
+    while value not in ctx.bindings and value.op is not None and value.op.name == "tt.reshape":
+        value = value.op.operands[0]
+    return value
+
+
 def _grouped_scratch(ctx: Context, source: Value, group: int) -> Tile | None:
     if source.shape[2] != group:
         return None
-    columns = source.shape[1]
-    # A reshape keeps the order of elements: the tile is written in the shape it is computed in, which vectors fit.
-    while source not in ctx.bindings and source.op is not None and source.op.name == "tt.reshape":
-        source = source.op.operands[0]
-    return Tile(materialize(ctx, source).ptr, str(columns * group), False, source.elem, group)
+    stride = str(source.shape[1] * group)
+    return Tile(materialize(ctx, _before_reshape(ctx, source)).ptr, stride, False, source.elem, group)
 
 
 def _chain(value: Value, source: Value) -> list[Value]:
