@@ -47,7 +47,7 @@ def tiny_model(config: Any) -> Any:
 
 def write_model(
     path: Path, model: Any, arch: str, form: str = "F32", keys: dict[str, Any] | None = None,
-    more: dict[str, np.ndarray] | None = None,
+    more: dict[str, np.ndarray] | None = None, pieces: bool = False,
 ) -> Path:  # fmt: skip
     """A file of a model.
 
@@ -58,9 +58,10 @@ def write_model(
         form: of matrices whose rows it fits; the others stay fp32.
         keys: metadata of the architecture beside the usual.
         more: tensors beside the parameters.
+        pieces: the vocabulary is SentencePiece's, with scores; else of byte pairs, with merges.
     """
     writer = gguf.GGUFWriter(path, arch)
-    _add_metadata(writer, model.config, arch, keys or {})
+    _add_metadata(writer, model.config, arch, keys or {}, pieces)
     tensors = {name: value.contiguous().numpy() for name, value in convert(model, arch).items()} | (more or {})
     for name, value in tensors.items():
         block = gguf.GGML_QUANT_SIZES[kind(form)][0]
@@ -75,7 +76,7 @@ def write_model(
     return path
 
 
-def _add_metadata(writer: Any, config: Any, arch: str, keys: dict[str, Any]) -> None:
+def _add_metadata(writer: Any, config: Any, arch: str, keys: dict[str, Any], pieces: bool) -> None:
     width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     heads = config.num_attention_heads
     writer.add_name("tiny")
@@ -98,9 +99,16 @@ def _add_metadata(writer: Any, config: Any, arch: str, keys: dict[str, Any]) -> 
     for key, value in keys.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
         add[type(value)](f"{arch}.{key}", value)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["<pad>", "<s>", "</s>", "t", "1", *(f"t{i}" for i in range(1, config.vocab_size - 4))])
-    writer.add_token_merges(["t 1"])
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", "t", "1", "\u2581", *(f"t{i}" for i in range(1, config.vocab_size - 6))]
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, 2, *(1 for _ in tokens[4:])])
+    if pieces:
+        writer.add_token_scores([-float(i) for i in range(len(tokens))])
+        writer.add_unk_token_id(3)
+        writer.add_add_bos_token(True)
+    else:
+        writer.add_token_merges(["t 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 

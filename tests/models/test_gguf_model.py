@@ -248,14 +248,20 @@ def test_ends_of_turns_end_a_generation(tmp_path: Path) -> None:
     assert load_gguf(path).model.generation_config.eos_token_id == [2, 1]
 
 
-def test_the_tokenizer_is_that_of_transformers(tmp_path: Path) -> None:
-    arch, config, keys = CASES["qwen2"]
-    path = write_model(tmp_path / "tiny.gguf", tiny_model(config), arch, keys=keys)
+@pytest.mark.parametrize(
+    ("case", "pieces"), [("qwen2", False), ("gpt2", False), ("llama", True), ("gemma3", True), ("phi3", True)]
+)
+def test_the_tokenizer_is_that_of_transformers(case: str, pieces: bool, tmp_path: Path) -> None:
+    arch, config, keys = CASES[case]
+    path = write_model(tmp_path / "tiny.gguf", tiny_model(config), arch, keys=keys, pieces=pieces)
     tokenizer = load_tokenizer(load_gguf(path))
     reference = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name)
     assert type(tokenizer) is type(reference)
     assert tokenizer.get_vocab() == reference.get_vocab()
     assert tokenizer.eos_token == "</s>"
+    for text in ("t1t2 t1", " t11", "</s>t", ""):
+        assert tokenizer(text).input_ids == reference(text).input_ids
+    assert (tokenizer("t1").input_ids[0] == 1) == pieces
 
 
 # Changes of one key or tensor, and what the message must name.
@@ -301,6 +307,7 @@ EXTREMES = [0, 1, 3, 2**31 - 1, 2**31, 2**32 - 1, 0x7FC00000, 0x7F800000]
 """Bits of a setting: small and large integers, NaN, infinity."""
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize("case", ["llama yarn", "gemma3", "qwen3moe", "gpt2"])
 def test_settings_out_of_range_raise_nothing_else(case: str, tmp_path: Path) -> None:
     arch, config, keys = CASES[case]
