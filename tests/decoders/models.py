@@ -27,6 +27,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2", {**_HEADS, **_SCALED}),
     "gemma3": ("Gemma3Text", {**_HEADS, **_SCALED, **_LOCAL}),
     "phi3": ("Phi3", _GROUPED),
+    "mixtral": ("Mixtral", {**_GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {**_HEADS, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}),
+    "olmoe": ("Olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 3}),
 }
 
 
@@ -36,6 +39,8 @@ def build(family: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     config = getattr(hf, f"{prefix}Config")(**fields)
     model: nn.Module = hf.AutoModelForCausalLM.from_config(config).eval()
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the faster ones have no fp64
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
