@@ -25,6 +25,7 @@ from tilewright.ops import Flow, traits_of
 _HEADER = "import triton\nimport triton.language as tl\n"
 _LONGEST_NAME = 48
 _LONGEST_LINE = 120
+_CALLS = re.compile(r"(?<![\w.])(\w+)\(")
 _HELPER_FILES = ("helpers.py", "blocks.py")
 
 
@@ -101,7 +102,8 @@ def _origin_line(node: Node, variable: str | None) -> str:
 
 def _module_text(summary: str, body: list[str]) -> str:
     code = "\n".join(["@triton.jit", *body])
-    helpers = [text for name, text in helper_texts().items() if name in _helpers_used(code)]
+    used = _helpers_used(code)
+    helpers = [text for name, text in helper_texts().items() if name in used]
     parts = [f'"""{summary}"""', _HEADER.rstrip(), *helpers, code]
     return "\n\n".join(parts[:2]) + "\n\n\n" + "\n\n\n".join(parts[2:]) + "\n"
 
@@ -110,11 +112,9 @@ def _helpers_used(code: str) -> set[str]:
     used: set[str] = set()
     pending = [code]
     while pending:
-        text = pending.pop()
-        for name, helper in helper_texts().items():
-            if name not in used and re.search(rf"(?<![\w.]){name}\(", text):
-                used.add(name)
-                pending.append(helper)
+        called = set(_CALLS.findall(pending.pop())) & helper_texts().keys() - used
+        used |= called
+        pending += [helper_texts()[name] for name in called]
     return used
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import InputError
+from tilewright.models.gguf_model import GgufModel, load_gguf
+from tilewright.models.gguf_tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -16,27 +18,32 @@ class Loaded:
         tokenizer: None when the folder has none.
         folder: where it came from on disk; None for a hub name.
         note: what a user should know, e.g. that the weights are random.
+        stored: the file that holds its weights in blocks; ``model`` then has none of its own.
     """
 
     model: Any
     tokenizer: Any | None
     folder: Path | None
     note: str = ""
+    stored: GgufModel | None = None
 
 
 def load_model(name: str) -> Loaded:
     """Opens a model.
 
     Args:
-        name: a folder that ``transformers`` opens; a ``.safetensors`` file in such a folder; a ``config.json`` file,
-            which gives the
-            architecture with random weights; or a name on the model hub.
+        name: a folder that ``transformers`` opens; a ``.safetensors`` file in such a folder; a ``.gguf`` file; a
+            ``config.json`` file, which gives the architecture with random weights; or a name on the model hub.
 
     Raises:
         InputError: nothing is there, or transformers cannot open it.
+        GgufError: the file is damaged, or its model is not read.
     """
     path = Path(name).expanduser()
     try:
+        if path.suffix == ".gguf" and path.is_file():
+            stored = load_gguf(path)
+            return Loaded(stored.model, load_tokenizer(stored), None, stored=stored)
         if path.suffix == ".json" and path.is_file():
             return _from_config(path)
         if path.suffix == ".safetensors" and path.is_file():
@@ -52,7 +59,7 @@ def load_model(name: str) -> Loaded:
         raise InputError(f"cannot open the model '{name}'", why=str(error).splitlines()[0], hint=_HINT) from error
 
 
-_HINT = "name a folder with config.json and weights, a config.json (random weights), or a hub name"
+_HINT = "name a folder with config.json and weights, a .gguf file, a config.json (random weights), or a hub name"
 
 
 def _model_class(config: Any) -> Any:

@@ -1,5 +1,7 @@
 """A causal model in steps gives what a forward pass over whole sequences gives, however tokens are shared out."""
 
+from typing import Any
+
 import pytest
 import torch
 from tests.decoders.models import FAMILIES, VOCAB, build
@@ -20,8 +22,8 @@ LENGTHS = (21, 9, 30)
 STEPS = ((5, 0, 11), (1, 3, 1), (8, 1, 17), (6, 4, 1), (1, 1, 0))
 
 
-def steps_of(model: torch.nn.Module, **options: object) -> StepModel:
-    return compile_steps(model, CompileOptions(opt_level=2), page_size=PAGE, **options)  # type: ignore[arg-type]
+def steps_of(model: torch.nn.Module, **options: Any) -> StepModel:
+    return compile_steps(model, CompileOptions(**options), page_size=PAGE)
 
 
 def step_batch(tokens: list[Tensor], starts: list[int], table: Tensor, wanted: Tensor | None = None) -> StepBatch:
@@ -67,7 +69,7 @@ def test_steps_equal_one_forward_pass(family: str) -> None:
 
 def test_narrow_pages() -> None:
     model = build("llama", seed=0)
-    compiled = steps_of(model, pages_dtype=torch.bfloat16)
+    compiled = steps_of(model, kv_dtype="bf16")
     tokens = torch.randint(3, VOCAB, (12,), generator=torch.Generator().manual_seed(2))
     pool = compiled.make_pages(3)
     assert {tensor.dtype for tensor in pool.tensors} == {torch.bfloat16}

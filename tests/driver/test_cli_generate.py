@@ -128,7 +128,7 @@ def test_the_command(folder: Path) -> None:
 
 
 def test_options_of_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "compile_model", lambda model, *options: _opened(model))
+    monkeypatch.setattr(generate, "compile_model", lambda loaded, *options: _opened(loaded.model))
     ask = ("generate", str(folder), "--prompt", "Abc", "--max-new-tokens", "9")
     assert tilewright(*ask) == _expected("Abc", 9) + "\n"
     drawn = [tilewright(*ask, "--top-k", "9", "--seed", seed) for seed in "112"]
@@ -137,7 +137,7 @@ def test_options_of_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     first = _expected("Abc", 9)[0]
     assert tilewright(*ask, "--stop", first) == first + "\n"
     assert "temperature" in tilewright(*ask, "--temperature", "-1", code=1)
-    monkeypatch.setattr(generate, "compile_model", lambda model, *options: _opened(Interrupted()))
+    monkeypatch.setattr(generate, "compile_model", lambda loaded, *options: _opened(Interrupted()))
     stopped = tilewright(*ask, code=130)
     assert stopped.startswith(_expected("Abc", 3) + "\n")
     assert "new tokens" in stopped

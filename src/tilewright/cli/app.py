@@ -175,9 +175,9 @@ def generate(
     if sample is None and not {"temperature", "top_k", "top_p", "min_p"}.isdisjoint(options):
         options["do_sample"] = True
     options["max_new_tokens"] = max_new_tokens
-    loaded, tokenizer = command.open_model(model)
-    ids = command.prompt_ids(tokenizer, prompt, chat)
-    opened = command.compile_model(loaded, tokenizer, opt_level, gemm, dtype)
+    loaded = command.open_model(model)
+    ids = command.prompt_ids(loaded.tokenizer, prompt, chat)
+    opened = command.compile_model(loaded, opt_level, gemm, dtype)
     outcome = command.stream(opened, ids, options, seed, show=not as_json)
     figures = command.report(outcome, opened.traffic)
     if as_json:

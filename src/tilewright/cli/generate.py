@@ -4,7 +4,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,7 @@ from tilewright.driver.options import CompileOptions
 from tilewright.driver.steps import compile_steps
 from tilewright.driver.traffic import Traffic, read_bandwidth, traffic
 from tilewright.errors import InputError, OptionError, TilewrightError
-from tilewright.models.gguf_model import dense_model, load_gguf
-from tilewright.models.gguf_tokenizer import load_tokenizer
-from tilewright.models.load import load_model
+from tilewright.models.load import Loaded, load_model
 
 
 @dataclass(frozen=True)
@@ -82,29 +79,27 @@ class TimedStreamer(TextStreamer):
             sys.stdout.flush()
 
 
-def open_model(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer: a folder or hub name, or a ``.gguf`` file.
+def open_model(name: str) -> Loaded:
+    """A model with its tokenizer: a folder or hub name, or a ``.gguf`` file.
 
     Raises:
         InputError: there is no such model, or it has no tokenizer.
     """
-    if Path(name).suffix == ".gguf":
-        loaded = load_gguf(Path(name).expanduser())
-        return dense_model(loaded), load_tokenizer(loaded)
     opened = load_model(name)
     if opened.tokenizer is None:
         raise InputError("the model has no tokenizer", where=name, hint="add tokenizer.json to its folder")
-    return opened.model, opened.tokenizer
+    return opened
 
 
-def compile_model(model: Any, tokenizer: Any, opt_level: int, gemm: str, dtype: str | None) -> Opened:
+def compile_model(opened: Loaded, opt_level: int, gemm: str, dtype: str | None) -> Opened:
     """Compiles a model so that it generates.
 
     Raises:
         CacheRefused: it is no causal language model.
     """
-    steps = compile_steps(model, CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm))
-    return Opened(TextGenerator(steps, model.config, model.generation_config), tokenizer, traffic(steps))
+    model, stored = opened.model, opened.stored.stored if opened.stored is not None else None
+    steps = compile_steps(model, CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm), stored=stored)
+    return Opened(TextGenerator(steps, model.config, model.generation_config), opened.tokenizer, traffic(steps))
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """``tilewright.compile`` and the way from one captured graph to a program."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from tilewright.ir.graph import Level
 from tilewright.ir.kernels import KernelSource
 from tilewright.ir.measurements import Measurements
 from tilewright.ir.program import KernelStep, ProgramSpec, VendorLinear
+from tilewright.ir.stored_weight import StoredParameter
 from tilewright.models.capture import check_model
+from tilewright.models.gguf_model import load_gguf
 from tilewright.passes.add_cache import AddCache
 from tilewright.passes.base import Observer, PassRecord
 from tilewright.passes.observe import ArtifactWriter
@@ -72,13 +74,16 @@ def compile(
     gemm: str = "auto",
     cache_dir: str | Path | None = None,
     without: Sequence[str] = (),
+    activations: str = "int8",
+    kv_dtype: torch.dtype | str | None = None,
 ) -> Any:
     """Compiles a model into Triton kernels.
 
     Args:
         model: a transformers model, any ``torch.nn.Module``, an ``ExportedProgram``, or an ``fx.GraphModule``; in eval
             mode. It is not changed. A model whose inputs cannot be known beforehand is captured at its first call.
-            Also a ``SentenceTransformer``, ``CrossEncoder`` or another pipeline of sentence-transformers.
+            Also a ``SentenceTransformer``, ``CrossEncoder`` or another pipeline of sentence-transformers; or the path
+            of a ``.gguf`` file, whose weights are multiplied as they are stored.
         dtype: "fp32", "bf16", "fp16" or "fp64", or torch's own: what the model is converted to, as ``model.to`` does.
             On a processor that does not multiply half types they are computed in fp32, and results rounded to them.
             "int8": products with weights in whole numbers of 8 bits, weights rounded once for each output channel, rows
@@ -93,19 +98,27 @@ def compile(
         gemm: "auto" chooses per GEMM and row count; "triton" or "vendor" uses one alone.
         cache_dir: where kernels and tables are kept; default: the user's cache folder.
         without: passes to leave out, to see what they bring: "slice_rows", "merge_linears".
+        activations: what the rows are that are multiplied with weights in blocks (of a file, or "int4"): "int8" rounds
+            them by blocks of 32, which is faster, "float" does not.
+        kv_dtype: type of the keys and values that generation keeps, "fp32", "bf16" or "fp16"; None: that of the model.
 
     Returns:
         A ``CompiledModel``: a callable that takes what the model takes and returns the same output class with the same
-        fields. Masked positions of per-token outputs are 0. Of a pipeline, a copy of its own class whose transformers
+        fields. Masked positions of per-token outputs are 0. A causal model also has ``generate``, as transformers has
+        it. Of a pipeline, a copy of its own class whose transformers
         models are compiled.
 
     Raises:
         OptionError: an option has a value that is not a choice.
         CaptureError: it is no model, or is in training mode.
+        GgufError: a file is damaged, or its model is not read.
         PackingRefused: ``unpad="on"`` and packing is not legal, or the model cannot be captured.
     """
     folder = Path(cache_dir) if cache_dir else None
-    options = CompileOptions(dtype, opt_level, unpad, target, gemm, folder, tuple(without))
+    options = CompileOptions(dtype, opt_level, unpad, target, gemm, folder, tuple(without), activations, kv_dtype)
+    if isinstance(model, str | Path):
+        stored = load_gguf(model)
+        return CompiledModel(stored.model, options, stored=stored)
     if is_pipeline(model):
         return compile_pipeline(model, options)
     check_model(model)
@@ -119,6 +132,7 @@ def compile_graph(
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
     cache: AddCache | None = None,
+    stored: Mapping[str, StoredParameter] | None = None,
 ) -> CompiledGraph:
     """Compiles a graph at level exported.
 
@@ -128,12 +142,13 @@ def compile_graph(
         observers: see the graph around every pass.
         progress: called before each kernel build.
         cache: makes the graph one step of generation.
+        stored: weights that a file stores, by the names that the graph has for them.
     """
     overrides = {"cache_dir": options.cache_dir} if options.cache_dir else {}
     with settings.scope(**overrides):
         dump_dir = settings.get("dump_dir")
         watching = [*observers, *([ArtifactWriter(dump_dir)] if dump_dir else [])]
-        gm, records = _run_passes(gm, options, watching, progress, cache)
+        gm, records = _run_passes(gm, options, watching, progress, cache, stored)
         stats = Stats(compilations=1)
         if options.opt_level == 0:
             return CompiledGraph(gm, records, None, None, stats)
@@ -147,11 +162,17 @@ def _run_passes(
     observers: Sequence[Observer],
     progress: Progress | None,
     cache: AddCache | None,
+    stored: Mapping[str, StoredParameter] | None,
 ) -> tuple[GraphModule, tuple[PassRecord, ...]]:
     """The pipeline; its last passes choose by measurements, and what to measure is known once regions are."""
-    passes = pipeline(
-        options.opt_level, options.unpad, options.gemm, quantize=options.quantized, without=options.without, cache=cache
-    )
+    chosen: dict[str, Any] = {
+        "quantize": options.quantized,
+        "without": options.without,
+        "cache": cache,
+        "stored": stored,
+        "activations": options.activations,
+    }
+    passes = pipeline(options.opt_level, options.unpad, options.gemm, **chosen)
     front = [each for each in passes if each.requires < Level.FUSED]
     gm, records = run_pipeline(gm, front, observers)
     if options.opt_level == 0:
@@ -160,15 +181,7 @@ def _run_passes(
     if options.gemm == "auto":
         found = measurements_for(gm, options.opt_level, _compile_specialized, progress)
     found = replace(found, attention=attention_timings(gm, options.opt_level, compile_attention, progress))
-    passes = pipeline(
-        options.opt_level,
-        options.unpad,
-        options.gemm,
-        found,
-        quantize=options.quantized,
-        without=options.without,
-        cache=cache,
-    )
+    passes = pipeline(options.opt_level, options.unpad, options.gemm, found, **chosen)
     gm, more = run_pipeline(gm, passes[len(front) :], observers, first=len(front) + 1)
     return gm, records + more
 

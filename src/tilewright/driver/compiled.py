@@ -10,13 +10,16 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from tilewright.driver.generation import TextGenerator
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.precision import precision_of, round_results
-from tilewright.errors import CaptureError, InputError, PackingRefused
+from tilewright.driver.steps import StepModel, compile_steps
+from tilewright.errors import CacheRefused, CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.ir.program import EagerStep
 from tilewright.models.capture import capture, cast_copy, check_model, default_signature
 from tilewright.models.export import model_line
+from tilewright.models.gguf_model import GgufModel, dense_model
 from tilewright.models.inputs import CallSignature, bind, example_inputs, other_sizes, signature_of
 from tilewright.runtime.stats import Stats
 
@@ -46,6 +49,8 @@ class CompiledModel:
     Attributes:
         model: the model it was made from.
         options: the options it was compiled with.
+        stored: the file that holds the weights; ``model`` then has none of its own, and calls are compiled when they
+            are met.
     """
 
     def __init__(
@@ -55,20 +60,23 @@ class CompiledModel:
         *,
         observers: "Sequence[Observer]" = (),
         progress: "Progress | None" = None,
+        stored: GgufModel | None = None,
     ) -> None:
         self.model = model
+        self.stored = stored
         self.options = options
         self._observers = tuple(observers)
         self._progress = progress
         self._variants: dict[CallSignature, Variant] = {}
         self._fallbacks = Stats()
         self._eager: Any = None
+        self._generator: TextGenerator | None = None
         self._lock = threading.RLock()
         self._precision = precision_of(model, options)
         if self._precision.reason and options.model_dtype is not None:
             warnings.warn(f"tilewright: {self._precision.reason}", RuntimeWarning, stacklevel=3)
         usual = default_signature(model)
-        if usual is not None:
+        if usual is not None and stored is None:
             self._variant(usual, None)
 
     @property
@@ -131,6 +139,45 @@ class CompiledModel:
 
     forward = __call__
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's ``generate``, its arguments and results: ``TextGenerator.generate``.
+
+        The first call compiles the model into steps.
+
+        Raises:
+            CacheRefused: it is no causal model that can go on from tokens it has seen; says at which node.
+            OptionError, InputError, ValueError: as of ``TextGenerator.generate``.
+        """
+        return self.generator.generate(*args, **kwargs)
+
+    @property
+    def generator(self) -> TextGenerator:
+        """Generates text; the first use compiles the model into steps.
+
+        Raises:
+            CacheRefused: it is no causal model that can go on from tokens it has seen; says at which node.
+        """
+        with self._lock:
+            if self._generator is None:
+                self._generator = TextGenerator(self.steps(), self.config, self.model.generation_config)
+            return self._generator
+
+    def steps(self) -> StepModel:
+        """The model compiled into steps of generation, anew: what an engine drives.
+
+        Raises:
+            CacheRefused: it is no causal model that can go on from tokens it has seen; says at which node.
+        """
+        if not getattr(self.model, "can_generate", bool)():
+            kind = type(self.model).__name__
+            raise CacheRefused(
+                f"{kind} cannot generate", why="it is no language model", hint="compile one, such as a ...ForCausalLM"
+            )
+        stored = self.stored.stored if self.stored is not None else None
+        return compile_steps(
+            self.model, self.options, stored=stored, observers=self._observers, progress=self._progress
+        )
+
     def warmup(self) -> None:
         """Runs once on a tiny input, so that memory is touched and lazily loaded code is in place."""
         for variant in self.variants.values():
@@ -173,6 +220,8 @@ class CompiledModel:
         with self._lock:
             if self._eager is None:
                 self._eager = self.model.module() if isinstance(self.model, ExportedProgram) else self.model
+                if self.stored is not None:
+                    self._eager = dense_model(self.stored)
                 dtype = self.options.model_dtype
                 if dtype is not None and isinstance(self._eager, nn.Module):
                     self._eager = cast_copy(self._eager, dtype)
@@ -197,7 +246,8 @@ class CompiledModel:
                     "padding cannot be removed: the model cannot be captured", why=str(error)
                 ) from error
             return Variant(None, None, str(error))
-        compiled = compile_graph(gm, self.options, observers=self._observers, progress=self._progress)
+        stored = self.stored.stored if self.stored is not None else None
+        compiled = compile_graph(gm, self.options, observers=self._observers, progress=self._progress, stored=stored)
         return Variant(compiled, info(compiled.graph))
 
     def __repr__(self) -> str:

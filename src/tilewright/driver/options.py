@@ -9,15 +9,18 @@ import torch
 from tilewright.errors import OptionError
 from tilewright.passes.pipeline import pipeline
 
-_CHOICES = {
+_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+_KEPT = ("fp32", "bf16", "fp16")
+_CHOICES: dict[str, tuple[Any, ...]] = {
     "opt_level": (0, 1, 2, 3),
     "unpad": ("auto", "on", "off"),
     "target": ("auto", "cpu", "cuda"),
     "gemm": ("auto", "triton", "vendor"),
+    "activations": ("int8", "float"),
+    "kv_dtype": (None, *_KEPT, *(_NAMES[name] for name in _KEPT)),
 }
 QUANTIZED = ("int8", "int4")
 """Weights that are rounded to whole numbers when a model is compiled."""
-_NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class CompileOptions:
     gemm: str = "auto"
     cache_dir: Path | None = None
     without: tuple[str, ...] = ()
+    activations: str = "int8"
+    kv_dtype: torch.dtype | str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -70,3 +75,8 @@ class CompileOptions:
         if self.quantized or self.dtype is None:
             return None
         return _NAMES[self.dtype] if isinstance(self.dtype, str) else self.dtype
+
+    @property
+    def pages_dtype(self) -> torch.dtype | None:
+        """Element type of the keys and values that generation keeps; None for that of the model."""
+        return _NAMES[self.kv_dtype] if isinstance(self.kv_dtype, str) else self.kv_dtype

@@ -1,5 +1,6 @@
 """A causal model compiled into steps of generation: prefill, chunks of it, decoding, and mixes of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from tilewright.errors import CacheRefused, CaptureError
 from tilewright.ir.graph import info
 from tilewright.ir.sizes import SEQ
 from tilewright.ir.steps import StepBatch
+from tilewright.ir.stored_weight import StoredParameter
 from tilewright.models.capture import capture, longest
 from tilewright.models.inputs import signature_of
 from tilewright.passes.add_cache import AddCache
@@ -92,7 +94,7 @@ def compile_steps(
     options: CompileOptions,
     *,
     page_size: int = PAGE_SIZE,
-    pages_dtype: torch.dtype | None = None,
+    stored: Mapping[str, StoredParameter] | None = None,
     observers: "tuple[Observer, ...]" = (),
     progress: "Progress | None" = None,
 ) -> StepModel:
@@ -102,7 +104,7 @@ def compile_steps(
         model: in eval mode; it is not changed.
         options: as of ``tilewright.compile``.
         page_size: slots of a page of keys and values.
-        pages_dtype: of the pages; None for the model's own.
+        stored: weights that a file stores, by parameter; the model's own are not read.
         observers, progress: as of ``compile_graph``.
 
     Raises:
@@ -110,7 +112,7 @@ def compile_steps(
     """
     from tilewright.driver.compile import compile_graph
 
-    cache = AddCache(page_size, pages_dtype)
+    cache = AddCache(page_size, options.pages_dtype)
     ids = torch.ones((1, 3), dtype=torch.int64)
     call = {cache.tokens: ids, "attention_mask": ids, cache.positions: ids, "use_cache": False}
     try:
@@ -118,5 +120,5 @@ def compile_steps(
     except CaptureError as error:
         raise CacheRefused("the model cannot be captured", where=error.where, why=error.why, hint=error.hint) from error
     limits = (info(gm).bounds.get(SEQ, (1, None, ""))[1], longest(model), _NO_LIMIT)
-    compiled = compile_graph(gm, options, observers=observers, progress=progress, cache=cache)
+    compiled = compile_graph(gm, options, observers=observers, progress=progress, cache=cache, stored=stored)
     return StepModel(compiled, page_size, int(info(compiled.graph).inputs[0].vocab or 0), min(filter(None, limits)))

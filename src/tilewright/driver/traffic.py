@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from tilewright.driver.steps import StepModel
 from tilewright.ir.graph import get_tensor
 
-_LOOKUP = torch.ops.aten.embedding.default
+_LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.tilewright.block_embedding.default)
 _PROBE_BYTES = 256 << 20  # larger than the caches of processors
 _PROBES = 5
 
@@ -63,6 +63,6 @@ def _only_looked_up(graph: GraphModule, node: Node) -> bool:
             used = [place for place, given in zip(inside, user.args, strict=True) if given is node]
             if not all(_only_looked_up(region, place) for place in used):
                 return False
-        elif user.target is not _LOOKUP or user.args[0] is not node:
+        elif user.target not in _LOOKUPS or user.args[0] is not node:
             return False
     return True

@@ -1,0 +1,69 @@
+"""``tilewright.compile`` of causal models: generate as transformers does, and models out of GGUF files."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from tests.decoders.models import VOCAB, build
+from tests.models.gguf_files import COMMON, tiny_model, write_model
+
+import tilewright
+from tilewright.errors import CacheRefused, OptionError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("gguf")
+    config = hf.LlamaConfig(**COMMON)
+    return write_model(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_model(config), "llama", "Q8_0")
+
+
+def test_generate_is_that_of_transformers() -> None:
+    model = build("llama", seed=0)
+    compiled = tilewright.compile(model, opt_level=1)
+    ids = torch.randint(3, VOCAB, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[1, :1] = 0, 0
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        expected = model.generate(ids, attention_mask=mask, **GREEDY, **options)  # type: ignore[operator]
+        assert torch.equal(compiled.generate(ids, attention_mask=mask, **GREEDY, **options), expected)
+    assert compiled.generator is compiled.generator
+
+
+def test_a_file_generates_what_its_weights_say(file: Path) -> None:
+    from tilewright.models.gguf_model import dense_model, load_gguf
+
+    compiled = tilewright.compile(file, activations="float")
+    ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
+    dense = dense_model(load_gguf(file))
+    assert torch.equal(compiled.generate(ids, **GREEDY), dense.generate(ids, **GREEDY))
+    with torch.no_grad():
+        reference = dense.double()(ids).logits
+    # The whole-sequence form reads the same blocks.
+    assert float((compiled(ids).logits - reference).abs().max()) < 1e-4 * float(reference.abs().max())
+
+
+def test_rounded_rows_stay_close(file: Path) -> None:
+    from tilewright.models.gguf_model import dense_model, load_gguf
+
+    found = tilewright.compile(file)(ids := torch.arange(3, 40)[None]).logits
+    with torch.no_grad():
+        reference = dense_model(load_gguf(file)).double()(ids).logits
+    assert 1e-5 < float((found - reference).abs().max()) / float(reference.abs().max()) < 0.05
+
+
+def test_what_cannot_generate_says_why() -> None:
+    config = hf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    with pytest.raises(CacheRefused, match="no language model"):
+        tilewright.compile(hf.BertModel(config).eval()).generate(torch.ones(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("options", [{"kv_dtype": "int3"}, {"activations": "int3"}])
+def test_options_that_are_no_choice(options: dict[str, str]) -> None:
+    with pytest.raises(OptionError, match="is not a choice"):
+        tilewright.compile(build("gpt2", seed=0), **options)
