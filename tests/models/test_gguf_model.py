@@ -22,6 +22,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from tilewright.errors import GgufError
 from tilewright.ir.graph import get_tensor
 from tilewright.models.capture import capture
+from tilewright.models.gguf_config import make_config
 from tilewright.models.gguf_file import open_gguf
 from tilewright.models.gguf_model import GgufModel, dense_model, load_gguf, widen_parameter
 from tilewright.models.gguf_names import parameter_names
@@ -235,6 +236,14 @@ def test_names_are_those_of_transformers(case: str) -> None:
     processor = TENSOR_PROCESSORS.get(arch, TensorProcessor)(config=config.to_dict())
     expected = get_gguf_hf_weights_map(model, processor, arch)
     assert parameter_names(model, processor, arch, config.num_hidden_layers) == expected
+
+
+def test_the_scale_of_queries_that_no_key_states(tmp_path: Path) -> None:
+    arch, config, keys = CASES["gemma2"]
+    for layers, scalar in ((2, 256), (46, 16)):
+        model = tiny_model(type(config)(**config.to_dict() | {"num_hidden_layers": layers, "layer_types": None}))
+        path = write_model(tmp_path / "tiny.gguf", model, arch, keys=keys)
+        assert make_config(open_gguf(path)).query_pre_attn_scalar == scalar
 
 
 def test_ends_of_turns_end_a_generation(tmp_path: Path) -> None:
