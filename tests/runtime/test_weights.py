@@ -5,6 +5,7 @@ import torch
 
 from tilewright.errors import TilewrightError
 from tilewright.ir.program import Weight
+from tilewright.ops.block_panels import to_panels
 from tilewright.runtime.weights import PackedLinear, lay_out, load_weights, vendor_packs
 
 
@@ -74,3 +75,15 @@ def test_an_unknown_layout_is_refused(layout: str) -> None:
         lay_out(torch.zeros(4, 4), layout)
     with pytest.raises(TilewrightError, match="laid out"):
         lay_out(torch.zeros(4), "kn")
+
+
+def test_panels_of_blocks() -> None:
+    data = torch.randint(0, 256, (70, 2 * 144), dtype=torch.uint8)
+    found = lay_out(data, "blocks:Q4_K:64")
+    want = torch.empty(2, 64 * 288, dtype=torch.uint8)
+    to_panels("Q4_K", data, 64, want)
+    assert isinstance(found, torch.Tensor)
+    assert torch.equal(found, want)
+    for layout in ("blocks:Q4_K", "blocks:F32:64", "blocks:Q9:64"):
+        with pytest.raises(TilewrightError, match="cannot be laid out"):
+            lay_out(data, layout)
