@@ -13,7 +13,7 @@ from tilewright.codegen.cpu.lower.nest import expression
 from tilewright.codegen.cpu.lower.operand import Tile
 from tilewright.codegen.cpu.ttir.records import I32, Value
 
-_MOST_ACCUMULATORS = 8  # registers left for what makes B
+_MOST_ACCUMULATORS = 16  # registers left for what makes B
 _MOST_UNROLLED = 8
 _SHIFTS = ("arith.shrui", "arith.shrsi", "arith.shli")
 _LARGEST_SIGNED = 127
