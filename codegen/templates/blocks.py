@@ -2,7 +2,8 @@
 
 ``element_*`` reads single elements where rows lie as in ``tilewright.ops.blocks``. ``unpack_*`` reads a panel of P rows
 whose fields lie side by side (``tilewright.ops.block_panels``): numbers 4 * w to 4 * w + 3 of a group are neighbouring
-bytes for each row, as products of bytes want them. It returns the group's numbers [K, P] int8, and scales and minimums
+bytes for each row, as products of bytes want them. A block is read in
+turns; the number of a group is that in its turn. It returns the group's numbers [K, P] int8, and scales and minimums
 [1, P]. Only what all lanes share decides anything, so no branch is left in a kernel.
 """
 
@@ -119,13 +120,13 @@ def panel_words(ptr, P: tl.constexpr):
 
 
 @triton.jit
-def unpack_q4_0(block, group: tl.constexpr, P: tl.constexpr):
+def unpack_q4_0(block, turn, group: tl.constexpr, P: tl.constexpr):
     packed = load_bytes(block + 2 * P, 4, P)[None, :, :] >> (4 * tl.arange(0, 2)).to(tl.uint8)[:, None, None]
     return as_group(((packed & 15) - 8).reshape(8, 4 * P), P), panel_halves(block, P), 0.0
 
 
 @triton.jit
-def unpack_q5_0(block, group: tl.constexpr, P: tl.constexpr):
+def unpack_q5_0(block, turn, group: tl.constexpr, P: tl.constexpr):
     packed = load_bytes(block + 6 * P, 4, P)[None, :, :] >> (4 * tl.arange(0, 2)).to(tl.uint8)[:, None, None]
     high = load_bytes(block + 2 * P, 1, P) >> tl.arange(0, 8).to(tl.uint8)[:, None]
     numbers = (packed & 15).reshape(8, 4 * P) | ((high & 1) << 4)
@@ -133,48 +134,47 @@ def unpack_q5_0(block, group: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit
-def unpack_q8_0(block, group: tl.constexpr, P: tl.constexpr):
+def unpack_q8_0(block, turn, group: tl.constexpr, P: tl.constexpr):
     return as_group(load_bytes(block + 2 * P, 8, P), P), panel_halves(block, P), 0.0
 
 
 @triton.jit
-def panel_scales_k(block, group: tl.constexpr, P: tl.constexpr):
-    shift: tl.constexpr = 8 * (group % 4)
+def panel_scales_k(block, group, P: tl.constexpr):
+    shift = 8 * (group % 4)
     low, least = panel_words(block + 4 * P, P) >> shift, panel_words(block + 8 * P, P) >> shift
-    if group >= 4:
-        shared = panel_words(block + 12 * P, P) >> shift
-        low, least = (shared & 15) | ((low >> 2) & 48), ((shared >> 4) & 15) | ((least >> 2) & 48)
+    shared = panel_words(block + 12 * P, P) >> shift
+    low = tl.where(group < 4, low, (shared & 15) | ((low >> 2) & 48))
+    least = tl.where(group < 4, least, ((shared >> 4) & 15) | ((least >> 2) & 48))
     scale = panel_halves(block, P) * (low & 63).to(tl.float32)
     return scale, panel_halves(block + 2 * P, P) * (least & 63).to(tl.float32)
 
 
 @triton.jit
-def unpack_q4_k(block, group: tl.constexpr, P: tl.constexpr):
-    packed = load_bytes(block + (16 + group // 2 * 32) * P, 8, P)
-    scale, minimum = panel_scales_k(block, group, P)
-    return as_group((packed >> (4 * (group % 2))) & 15, P), scale, minimum
+def unpack_q4_k(block, turn, group: tl.constexpr, P: tl.constexpr):
+    packed = load_bytes(block + (16 + turn * 32) * P, 8, P)
+    scale, minimum = panel_scales_k(block, 2 * turn + group, P)
+    return as_group((packed >> (4 * group)) & 15, P), scale, minimum
 
 
 @triton.jit
-def unpack_q5_k(block, group: tl.constexpr, P: tl.constexpr):
-    packed = load_bytes(block + (48 + group // 2 * 32) * P, 8, P)
-    high = load_bytes(block + 16 * P, 8, P)
-    scale, minimum = panel_scales_k(block, group, P)
-    return as_group(((packed >> (4 * (group % 2))) & 15) | (((high >> group) & 1) << 4), P), scale, minimum
+def unpack_q5_k(block, turn, group: tl.constexpr, P: tl.constexpr):
+    packed = load_bytes(block + (48 + turn * 32) * P, 8, P)
+    high = load_bytes(block + 16 * P, 8, P) >> (2 * turn).to(tl.uint8)
+    scale, minimum = panel_scales_k(block, 2 * turn + group, P)
+    return as_group(((packed >> (4 * group)) & 15) | (((high >> group) & 1) << 4), P), scale, minimum
 
 
 @triton.jit
-def unpack_q6_k(block, group: tl.constexpr, P: tl.constexpr):
-    half: tl.constexpr = group // 8
-    part: tl.constexpr = group % 8 // 2
-    packed = load_bytes(block + (half * 64 + part % 2 * 32 + group % 2 * 16) * P, 4, P)
-    high = load_bytes(block + (128 + half * 32 + group % 2 * 16) * P, 4, P)
+def unpack_q6_k(block, turn, group: tl.constexpr, P: tl.constexpr):
+    part: tl.constexpr = group // 2
+    packed = load_bytes(block + (turn * 64 + part % 2 * 32 + group % 2 * 16) * P, 4, P)
+    high = load_bytes(block + (128 + turn * 32 + group % 2 * 16) * P, 4, P)
     numbers = ((packed >> (part // 2 * 4)) & 15) | (((high >> (part * 2)) & 3) << 4)
-    scale = (panel_words(block + (192 + group // 4 * 4) * P, P) << (24 - 8 * (group % 4))) >> 24
+    scale = (panel_words(block + (192 + turn * 8 + group // 4 * 4) * P, P) << (24 - 8 * (group % 4))) >> 24
     return as_group(numbers - 32, P), panel_halves(block + 208 * P, P) * scale.to(tl.float32), 0.0
 
 
 @triton.jit
-def unpack_int4(block, group: tl.constexpr, P: tl.constexpr):
+def unpack_int4(block, turn, group: tl.constexpr, P: tl.constexpr):
     packed = load_bytes(block + 4 * P, 8, P)
     return as_group((packed >> (4 * group)) & 15, P), panel_halves(block, P), -panel_halves(block + 2 * P, P)
