@@ -4,12 +4,15 @@ A processor is called as transformers calls it, ``processor(input_ids [n, L] int
 here for one sequence at a time: it sees that sequence's own tokens and no padding.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_FEW = 8  # from here on, places for each candidate, drawing for the candidates alone is faster
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -50,6 +53,19 @@ def largest(logits: Tensor) -> list[int]:
 
 
 def draw(scores: Tensor, generator: torch.Generator | None) -> list[int]:
-    """One token for each row of scores [n, V], as transformers draws it: the same seed gives the same tokens."""
+    """One token for each row of scores [n, V], as transformers draws it: the same seed gives the same tokens.
+
+    Raises:
+        RuntimeError: the scores are no distribution: NaN, infinite, or nothing left in a row.
+    """
     probabilities = torch.nn.functional.softmax(scores, dim=-1)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1).tolist()
+    places = (scores > -math.inf).nonzero(as_tuple=True)
+    weights = probabilities[places]
+    few = scores.device.type == "cpu" and scores.dtype == torch.float32 and _FEW * len(weights) <= scores.numel()
+    if not few or len(places[0].unique()) < len(scores) or not bool(weights.isfinite().all()):
+        return torch.multinomial(probabilities, num_samples=1, generator=generator).squeeze(1).tolist()
+    # ``multinomial`` divides each probability by an exponential variate and takes the largest. Only candidates can be
+    # that, so only theirs are computed; the uniform variates behind them are all drawn, which keeps the sequence.
+    uniform = torch.empty(scores.shape, dtype=torch.float64).uniform_(generator=generator)
+    probabilities[places] = weights / -torch.log1p(-uniform[places]).float()
+    return largest(probabilities)
