@@ -158,7 +158,7 @@ def test_submitted_requests_run_together() -> None:
         {"assistant_early_exit": 1},
         {"negative_prompt_ids": IDS},
     ],
-    ids=str,
+    ids=lambda options: next(iter(options)),
 )
 def test_options_that_cannot_be_honoured(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match="cannot honour"):
