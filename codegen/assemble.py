@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tilewright.codegen.builder import ProgramBuilder
-from tilewright.codegen.eager import eager_step
+from tilewright.codegen.eager import eager_step, padded_rows
 from tilewright.codegen.emit import emit_region
 from tilewright.codegen.region_call import RegionCall
 from tilewright.errors import CodegenError
@@ -16,7 +16,7 @@ from tilewright.ir.facts import SizeValue, TensorType, TupleType, fact, find_fac
 from tilewright.ir.graph import get_tensor, info
 from tilewright.ir.program import Choice, KernelStep, ProgramSpec, ReadTokens, Step, Storage, VendorLinear, View
 from tilewright.ir.regions import Anchor, AttentionTable, GemmTable, Region
-from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size, contiguous_strides, product
+from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size, contiguous_strides
 from tilewright.ir.views import Strided, apply_view, has_view_rule
 
 Emit = Callable[[RegionCall, ProgramBuilder, str | None], tuple[KernelStep | VendorLinear, ...]]
@@ -129,7 +129,8 @@ class _Assembler:
             shape = kind.shape
             if fact(node, Region).anchor is Anchor.INDEX:
                 # Memory is laid out before T is read, so what has T rows gets room for all B * S.
-                shape = tuple(_padded_rows(node) if size == TOKENS else size for size in shape)
+                padded = padded_rows(self.gm.get_submodule(str(node.target)))
+                shape = tuple(padded if size == TOKENS else size for size in shape)
             name = names.get(place, f"{node.name}_{place}")
             index = self.builder.new_value(name, storage, kind.dtype, shape if returned is None else returned)
             views.append(View(index, shape, contiguous_strides(shape)))
@@ -164,7 +165,7 @@ class _Assembler:
     def _read_tokens(self, call: RegionCall) -> None:
         cu_seqlens = call.outputs[_CU_SEQLENS]
         last = View(cu_seqlens.value, (1,), (1,), cu_seqlens.shape[0] - 1)
-        self.steps.append(ReadTokens(last, TOKENS, product(call.inputs[0].shape), (cu_seqlens.value,)))
+        self.steps.append(ReadTokens(last, TOKENS, padded_rows(call.graph), (cu_seqlens.value,)))
 
     def spec(self) -> ProgramSpec:
         """The program of all nodes added."""
@@ -198,12 +199,6 @@ def _bind(gm: GraphModule) -> Bind:
 def _has_row_index(gm: GraphModule) -> bool:
     regions = (find_fact(node, Region) for node in gm.graph.nodes)
     return any(region is not None and region.anchor is Anchor.INDEX for region in regions)
-
-
-def _padded_rows(index_call: Node) -> Size:
-    """Rows of the padded batch that a row index is made for."""
-    valid = index_call.args[0]
-    return product(fact(valid, TensorType).shape) if isinstance(valid, Node) else 0
 
 
 def _returned_results(gm: GraphModule) -> dict[tuple[Node, int], tuple[Size, ...]]:

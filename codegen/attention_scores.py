@@ -17,6 +17,8 @@ from tilewright.codegen.writer import KernelWriter, Register, Var
 from tilewright.ir.facts import TensorType, fact
 
 LOG2_E = 1.4426950408889634
+_FAR = 2**30
+"""A distance of columns that no sequence has, and that can be added to one in 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +91,28 @@ class AttentionScores:
             return row
         return self.evaluator.loaded_index(self.given[f"slots_{of}"], (row,), self.problem.key_length)
 
+    def _column(self, row: Index, of: str, distance: int = 0) -> str:
+        """Text of the column ``distance`` behind that of a query or key, where keys and the last queries are level."""
+        problem = self.problem
+        if problem.packed:
+            column = self.evaluator.value(self.given[f"slots_{of}"], (row,)).text
+            return f"{column} + {literal(distance)}" if distance else column
+        offset = problem.key_length - problem.length if of == "q" else 0
+        return self.writer.index_text(row + constant(offset + distance))
+
     def _allowed(self, place: Place, row: Index, key: Index) -> list[str]:
         """Conditions under which a query sees a key."""
-        problem, given, text = self.problem, self.given, self.writer.index_text
+        given = self.given
         conditions = [self.writer.mask(key.deps) or "True"]
-        offset = constant(0) if problem.packed else constant(problem.key_length - problem.length)
         if isinstance(given.get("valid"), Node):
             valid = self.evaluator.number(given["valid"], (place.sequence, key), torch.bool).text
             conditions.append(f"({valid} | {self.is_pad(place, row)})" if given["uniform_pads"] else valid)
-        if given["causal"] and problem.apart:
-            conditions.append(f"({text(self.slot(key, 'k'))} <= {text(self.slot(row, 'q'))})")
-        elif given["causal"]:
-            # Rows of a sequence are in the order of their slots.
-            conditions.append(f"({text(key)} <= {text(row + offset)})")
-        if given["window_left"] >= 0:
-            query = self.slot(row, "q") + offset + constant(-given["window_left"])
-            conditions.append(f"({text(self.slot(key, 'k'))} >= {text(query)})")
-        if given["window_right"] >= 0:
-            query = self.slot(row, "q") + offset + constant(given["window_right"])
-            conditions.append(f"({text(self.slot(key, 'k'))} <= {text(query)})")
+        left, right = (min(given[name], _FAR) for name in ("window_left", "window_right"))
+        limits = [("<=", 0)] if given["causal"] else []
+        limits += [(">=", -left)] if left >= 0 else []
+        limits += [("<=", right)] if right >= 0 else []
+        for order, distance in limits:
+            conditions.append(f"({self._column(key, 'k')} {order} {self._column(row, 'q', distance)})")
         return conditions
 
     def is_pad(self, place: Place, row: Index) -> str:

@@ -29,8 +29,8 @@ LEAST_DOT = 16
 """Smallest side of a tile of ``tl.dot``."""
 
 _NAMES = (
-    *("tile", "head", "sequence", "top", "key_first", "key_last", "last_query", "rows", "row_mask", "d", "dv"),
-    *("queries", "query_mask", "turned"),
+    *("tile", "head", "sequence", "top", "are_keys", "key_first", "key_last", "last_query", "rows", "row_mask", "d"),
+    *("dv", "queries", "query_mask", "turned"),
     *("d_rows", "keys", "key_mask", "key_rows", "key_row_mask", "scores", "peak", "new_peak", "shift", "weights"),
     *("fade", "total", "acc", "attention", "part", "parts", "part_mask", "inverse", "pads"),
 )
@@ -102,7 +102,7 @@ class AttentionTile(AttentionScores):
             if self.problem.apart:
                 self._limit_keys_by_slot(place)
             else:
-                self._limit_keys("top")
+                self._limit_keys("top", "top >= key_first")
             yield place
 
     @contextmanager
@@ -113,14 +113,21 @@ class AttentionTile(AttentionScores):
         self._limit_keys(f"tile + {writer.size(problem.key_length - problem.length)}")
         yield Place(sequence, head, "tile", writer.size(problem.length))
 
-    def _limit_keys(self, top: str) -> None:
-        """Leaves out keys that no query of the program may see: slots are at least as far apart as packed rows."""
+    def _limit_keys(self, top: str, are_keys: str | None = None) -> None:
+        """Leaves out keys that no query of the program may see: slots are at least as far apart as packed rows.
+
+        Args:
+            top: text of the first query's place among the keys.
+            are_keys: text of whether all queries are keys; where not, some come before the keys, whatever their slots.
+        """
         left, right = self.problem.reach
-        if right >= 0:
-            end = f"{top} + {self._span} + {right}" if right else f"{top} + {self._span}"
-            self.writer.statement(f"key_last = tl.minimum(key_last, {end})")
-        if left >= 0:
-            self.writer.statement(f"key_first = tl.maximum(key_first, {top} - {left})")
+        first, last = f"tl.maximum(key_first, {top} - {left})", f"tl.minimum(key_last, {top} + {self._span}"
+        limits = {"key_last": f"{last} + {right})" if right else f"{last})"} if right >= 0 else {}
+        limits |= {"key_first": first} if left >= 0 else {}
+        if limits and are_keys is not None:
+            self.writer.statement(f"are_keys = {are_keys}")
+        for name, limit in limits.items():
+            self.writer.statement(f"{name} = {limit if are_keys is None else f'tl.where(are_keys, {limit}, {name})'}")
 
     def _limit_keys_by_slot(self, place: Place) -> None:
         """As above: the first key of a sequence has slot 0 or more, and slots rise at least as fast as rows."""

@@ -10,10 +10,10 @@ from torch.fx import GraphModule
 from torch.nn.functional import pad
 
 from tilewright.codegen.region_call import RegionCall
-from tilewright.ir.facts import SizeValue, find_fact
+from tilewright.ir.facts import SizeValue, TensorType, fact, find_fact
 from tilewright.ir.program import EagerStep
 from tilewright.ir.regions import Anchor
-from tilewright.ir.sizes import Size, compile_sizes
+from tilewright.ir.sizes import Size, compile_sizes, product
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,32 @@ class EagerRegion:
         body: its placeholders are tensors, then sizes.
         sizes: those sizes, as expressions.
         symbols: size symbols of the program, in its order.
-        fills_rows: results with one entry per packed row are filled up with 0 to one per padded place, because memory
-            for the row index is laid out before the number of packed rows is known.
+        rows: of a row index, the places of the padded batch: results with one entry per packed row are filled up with 0
+            to so many, because memory is laid out before the number of packed rows is known. None for other regions.
     """
 
     body: GraphModule
     sizes: tuple[Size, ...]
     symbols: tuple[sympy.Symbol, ...]
-    fills_rows: bool = False
+    rows: Size | None = None
 
     def __call__(self, *inputs: Tensor, sizes: Sequence[int]) -> tuple[Tensor, ...]:
         """Runs on tensors; ``sizes`` are the values of the symbols, as far as known when the step runs."""
-        numbers = compile_sizes(self.symbols[: len(sizes)], self.sizes)(*sizes) if self.sizes else ()
+        wanted = self.sizes if self.rows is None else (*self.sizes, self.rows)
+        numbers = compile_sizes(self.symbols[: len(sizes)], wanted)(*sizes) if wanted else ()
         with torch.no_grad():
-            outputs: tuple[Tensor, ...] = self.body(*inputs, *numbers)
-        if not self.fills_rows:
+            outputs: tuple[Tensor, ...] = self.body(*inputs, *numbers[: len(self.sizes)])
+        if self.rows is None:
             return outputs
         row_index, slots, *rest = outputs
-        missing = inputs[0].numel() - row_index.numel()
+        missing = numbers[-1] - row_index.numel()
         return (pad(row_index, (0, missing)), pad(slots, (0, missing)), *rest)
+
+
+def padded_rows(index: GraphModule) -> Size:
+    """Places of the padded batch that the row index in the body of a region is made for."""
+    anchor = next(node for node in index.graph.nodes if node.target == torch.ops.tilewright.pack_index.default)
+    return product(fact(anchor.args[0], TensorType).shape)
 
 
 def eager_step(call: RegionCall, reason: str, symbols: tuple[sympy.Symbol, ...]) -> EagerStep:
@@ -50,7 +57,9 @@ def eager_step(call: RegionCall, reason: str, symbols: tuple[sympy.Symbol, ...])
     nodes = list(call.graph.graph.nodes)
     sizes = tuple(kind.value for node in nodes if node.op == "placeholder" and (kind := find_fact(node, SizeValue)))
     return EagerStep(
-        call=EagerRegion(call.graph, sizes, symbols, call.region.anchor is Anchor.INDEX),
+        call=EagerRegion(
+            call.graph, sizes, symbols, padded_rows(call.graph) if call.region.anchor is Anchor.INDEX else None
+        ),
         inputs=call.inputs,
         outputs=call.outputs,
         reason=reason,

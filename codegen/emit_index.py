@@ -1,10 +1,12 @@
 """Row index of packing: two kernels, one program a sequence each.
 
 The first counts a sequence's valid and kept places. In the second each program adds up the counts of the sequences
-before it, which gives its first packed row, and numbers its own places by a prefix sum, block by block.
+before it, which gives its first packed row, and numbers its own places by prefix sums, block by block: one over the
+keys, one over the places that are kept for a column that is read and are no keys, which come first.
 """
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +30,7 @@ packing = torch.ops.tilewright
 
 _PLACES = 256
 _SEQUENCES = 256
-_RESULTS = ("row_index", "slots", "cu_seqlens", "key_start", "seqlens_k")
+_RESULTS = ("row_index", "slots", "cu_seqlens", "key_start", "seqlens_k", "column_rows")
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,14 @@ class _Parts:
     batch: Size
     length: Size
 
+    @property
+    def columns(self) -> Sequence[Node]:
+        """The columns that are kept, a tensor [B] each."""
+        return tuple(arguments(self.anchor)["columns"])
+
 
 def emit_index(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, ...]:
-    """The two kernels of a ``pack_index``; what makes ``valid`` elementwise is computed on the way in.
+    """The two kernels of a ``pack_index``; what makes ``valid`` and the columns elementwise is computed on the way in.
 
     Raises:
         CodegenError: the region has another result than those of its ``pack_index``.
@@ -61,10 +68,15 @@ def emit_index(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, .
         if not isinstance(place, int):
             raise CodegenError("a result of an index region is not one of pack_index", where=where(node))
         views[_RESULTS[place]] = view
-    sizes = {"row_index": batch * length, "slots": batch * length, "cu_seqlens": batch + 1}
+    shapes: dict[str, tuple[Size, ...]] = {
+        "row_index": (batch * length,),
+        "slots": (batch * length,),
+        "cu_seqlens": (batch + 1,),
+    }
+    shapes["column_rows"] = (len(arguments(anchor)["columns"]), batch)
     for name in _RESULTS:
-        if name not in views:
-            views[name] = builder.scratch(f"{call.name}_{name}", torch.int32, (sizes.get(name, batch),))
+        if name not in views and 0 not in shapes.get(name, ()):
+            views[name] = builder.scratch(f"{call.name}_{name}", torch.int32, shapes.get(name, (batch,)))
     kept = builder.scratch(f"{call.name}_kept", torch.int32, (batch,))
     parts = _Parts(call, anchor, views, batch, length)
     return _count(parts, builder, kept), _number(parts, builder, kept)
@@ -73,23 +85,30 @@ def emit_index(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, .
 def _begin(parts: _Parts, builder: ProgramBuilder) -> tuple[KernelWriter, Evaluator, Index]:
     writer = KernelWriter(1, register_columns=0, loop_columns=_PLACES)
     evaluator = Evaluator(parts.call.graph, writer, parts.call.read(builder))
-    writer.reserve("sequence", "places", "real", "kept", "row", "rows", "numbers", "before", "kept_count", "real_count")
+    writer.reserve("sequence", "places", "real", "kept", "extra", "row", "key_row", "rows", "before")
+    writer.reserve("kept_count", "real_count", *(f"column_row_{number}" for number in range(len(parts.columns))))
     writer.statement("sequence = tl.program_id(0)")
     writer.row_deps = frozenset(("sequence",))
     return writer, evaluator, writer.define(Var("sequence", parts.batch))
 
 
-def _places(parts: _Parts, evaluator: Evaluator, sequence: Index) -> None:
-    """Statements for one block of places: which are real tokens, and which are kept."""
+def _places(parts: _Parts, evaluator: Evaluator, sequence: Index) -> list[str]:
+    """Statements for one block of places: which are real tokens, and which are kept.
+
+    Returns:
+        For each column, the text of which place it is.
+    """
     writer = evaluator.writer
     place = define_columns(writer, "places", parts.length, _PLACES, "start")
     given = arguments(parts.anchor)
     valid = evaluator.number(given["valid"], (sequence, place), torch.bool)
-    first = " | (places == 0)" if given["keep_first"] else ""
     mask = writer.mask(place.deps)
     inside = f" & {mask}" if mask else ""
     writer.statement(f"real = {valid.text}{inside}")
-    writer.statement(f"kept = (({valid.text}){first}){inside}")
+    at = [evaluator.column_place(column, (sequence,), parts.length) for column in parts.columns]
+    chosen = [f"(places == {writer.index_text(column)})" for column in at]
+    writer.statement(f"kept = {' | '.join(['real', *chosen])}")
+    return chosen
 
 
 def _count(parts: _Parts, builder: ProgramBuilder, kept: View) -> KernelStep:
@@ -121,19 +140,29 @@ def _number(parts: _Parts, builder: ProgramBuilder, kept: View) -> KernelStep:
     with writer.block("if sequence == 0:"):
         writer.statement(f"tl.store({pointers['cu_seqlens']}, 0)")
     writer.statement(f"tl.store({pointers['cu_seqlens']} + sequence + 1, row + kept_count)")
-    # A kept place that is no key is column 0: it is the first row of its sequence.
-    skipped = f"kept_count - tl.load({pointers['seqlens_k']} + sequence)"
-    writer.statement(f"tl.store({pointers['key_start']} + sequence, row + {skipped})")
+    # Kept places that are no keys come first.
+    writer.statement(f"key_row = row + kept_count - tl.load({pointers['seqlens_k']} + sequence)")
+    writer.statement(f"tl.store({pointers['key_start']} + sequence, key_row)")
     length = writer.size(parts.length)
+    for number in range(len(parts.columns)):
+        writer.statement(f"column_row_{number} = tl.full([], 0, tl.int32)")
     with writer.block(f"for start in range(0, {length}, BLOCK_PLACES):"):
-        _places(parts, evaluator, sequence)
-        writer.statement("numbers = kept.to(tl.int32)")
-        writer.statement("rows = row + tl.cumsum(numbers, 0) - 1")
+        chosen = _places(parts, evaluator, sequence)
+        writer.statement("rows = key_row + tl.cumsum(real.to(tl.int32), 0) - 1")
+        writer.statement("key_row += tl.sum(real.to(tl.int32), 0)")
+        if chosen:
+            writer.statement("extra = (kept & (real == 0)).to(tl.int32)")
+            writer.statement("rows = tl.where(real, rows, row + tl.cumsum(extra, 0) - 1)")
+            writer.statement("row += tl.sum(extra, 0)")
+        for number, is_column in enumerate(chosen):
+            writer.statement(f"column_row_{number} += tl.sum(tl.where({is_column}, rows, 0), 0)")
         writer.statement(f"tl.store({pointers['row_index']} + rows, sequence * {length} + places, mask=kept)")
         writer.statement(f"tl.store({pointers['slots']} + rows, places, mask=kept)")
-        writer.statement("row += tl.sum(numbers, 0)")
+    for number in range(len(parts.columns)):
+        place = f"{pointers['column_rows']} + {number} * {writer.size(parts.batch)} + sequence"
+        writer.statement(f"tl.store({place}, column_row_{number})")
     summary = "Numbers the kept places of all sequences in order. A program numbers one sequence."
-    written = [parts.views[name] for name in _RESULTS if name != "seqlens_k"]
+    written = [view for name, view in parts.views.items() if name != "seqlens_k"]
     return _finish(parts, writer, evaluator, "index_number", summary, written)
 
 

@@ -21,7 +21,8 @@ from tilewright.codegen.columns import (
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index, constant, linear, same_size, unravel, variable
 from tilewright.codegen.kernel_text import finish
-from tilewright.codegen.nodes import arguments, op_name
+from tilewright.codegen.nodes import op_name
+from tilewright.codegen.reductions import reduced_axes
 from tilewright.codegen.region_call import Inputs
 from tilewright.codegen.results import Result, needed_nodes, peel, store
 from tilewright.codegen.scatter import open_scatter, store_scattered
@@ -127,12 +128,9 @@ def _plans(outputs: list[Result], inputs: Inputs) -> list[Plan]:
 
 def _reduces_last(node: Node) -> bool:
     """Whether the last axis is among those a node reduces, so that its elements lie next to one another."""
-    traits = traits_of(node.target)
-    if traits.flow is not Flow.REDUCE:
+    if traits_of(node.target).flow is not Flow.REDUCE:
         return True
-    axes = list(arguments(node).values())[traits.axes_arg or 1]
-    rank = len(fact(node.all_input_nodes[0], TensorType).shape)
-    return not axes or any(int(axis) % rank == rank - 1 for axis in axes)
+    return len(fact(node.all_input_nodes[0], TensorType).shape) - 1 in reduced_axes(node)
 
 
 def _computed(outputs: list[Result], inputs: Inputs) -> list[Node]:

@@ -263,17 +263,37 @@ class Evaluator:
         return Register(writer.emit("element", call, deps), torch.float32, deps)
 
     def packing(self, node: Node, index: tuple[Index, ...]) -> Register:
-        """Rows picked by the row index (gather), the offsets of the sequences (first row of each) or a list of rows."""
+        """Rows picked by the row index: of all kept places (gather), or one of each sequence; or by a list of rows."""
         given = arguments(node)
         shape = fact(given["x"], TensorType).shape
         if node.target == packing.gather_rows.default:
             row = self.loaded_index(given["row_index"], index[:1], shape[0] * shape[1])
             return self.value(given["x"], (row // shape[1], row % shape[1], *index[1:]))
-        if node.target == packing.first_rows.default:
-            return self.value(given["x"], (self.loaded_index(given["cu_seqlens"], index[:1], shape[0]), *index[1:]))
-        if node.target == packing.take_rows.default:
+        if node.target in (packing.select_rows.default, packing.take_rows.default):
             return self.value(given["x"], (self.loaded_index(given["rows"], index[:1], shape[0]), *index[1:]))
         raise CodegenError(f"{node.target} cannot be evaluated element by element", where=where(node))
+
+    def column(self, node: Node, index: tuple[Index, ...]) -> Register:
+        """``select_column(x, column)``: each sequence at the column given for it."""
+        given = arguments(node)
+        length = fact(given["x"], TensorType).shape[1]
+        return self.value(given["x"], (index[0], self.column_place(given["column"], index[:1], length), *index[1:]))
+
+    def column_place(self, column: Node, index: tuple[Index, ...], length: Size) -> Index:
+        """A column of a sequence as an index below ``length``; negative ones count from the end.
+
+        Kernels stop where it is outside of the sequence, as indexing raises.
+        """
+        given = self.number(column, index, torch.int64)
+        if column.op == "call_function" and column.target == aten.full.default:
+            fill = arguments(column)["fill_value"]
+            if fill in (0, -1):  # every sequence has a first and a last column
+                return constant(0 if fill == 0 else length - 1)
+        size, deps = self.writer.size(length), given.deps
+        message = "a column that is read lies outside of the sequence"
+        self.writer.require(f"({given.text} >= -{size}) & ({given.text} < {size})", message, deps)
+        place = f"tl.where({given.text} < 0, {given.text} + {size}, {given.text})"
+        return variable(self.writer.emit("column", place, deps), length, deps)
 
     def loaded_index(self, node: Node, index: tuple[Index, ...], bound: Size) -> Index:
         """The value of an integer node, to be used as an index below ``bound``."""
@@ -287,6 +307,8 @@ class Evaluator:
         kind = compute_dtype(dtype)
         if node.target == aten.full.default:
             fill = given["fill_value"]
+            if isinstance(fill, Node):
+                return Register(self.writer.size(size_of(fill)), kind)
             fill = bool(fill) if dtype == torch.bool else float(fill) if dtype.is_floating_point else int(fill)
             return Register(literal(fill), kind)
         start, step = given["start"], given["step"]
@@ -305,6 +327,7 @@ class Evaluator:
         Flow.POINTWISE: pointwise,
         Flow.VIEW: view,
         Flow.LOOKUP: lookup,
+        Flow.COLUMN: column,
         Flow.PACKING: packing,
         Flow.CREATE: create,
         Flow.LAST_AXIS: reduce,

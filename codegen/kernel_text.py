@@ -67,6 +67,7 @@ def finish(
         constexprs=constants,
         num_warps=num_warps,
         num_stages=num_stages,
+        asserts=writer.asserts,
         origin=tuple(_origin_line(node, variables.get(node)) for node in nodes),
     )
     args = tuple(argument for _, _, argument in params)

@@ -141,21 +141,28 @@ def _deps(index: tuple[Index, ...]) -> frozenset[str]:
     return frozenset(name for part in index for name in part.deps)
 
 
+def reduced_axes(node: Node) -> list[int]:
+    """Axes of its operand that a REDUCE op reduces, counted from 0, in order."""
+    given = list(arguments(node).values())
+    rank = len(fact(given[0], TensorType).shape)
+    axes = given[traits_of(node.target).axes_arg or 1]
+    axes = [axes] if isinstance(axes, int) else axes or range(rank)
+    return sorted({int(axis) % rank for axis in axes})
+
+
 def _reduction(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Register:
-    """sum, mean, amax and amin over any axes."""
+    """sum, mean, amax, amin and argmax over any axes."""
     given = list(arguments(node).items())
     traits = traits_of(node.target)
     source: Node = given[0][1]
     shape = fact(source, TensorType).shape
-    axes_arg = given[traits.axes_arg or 1][1]
-    axes_arg = [axes_arg] if isinstance(axes_arg, int) else axes_arg
-    axes = sorted({int(axis) % len(shape) for axis in (axes_arg or range(len(shape)))})
+    axes = reduced_axes(node)
     keep = dict(given).get("keepdim", False)
-    dtype = compute_dtype(fact(node, TensorType).dtype)
+    dtype = compute_dtype(fact(source if traits.reduce == "argmax" else node, TensorType).dtype)
     left = iter(index)
     outer = [next(left) if axis not in axes or keep else Index() for axis in range(len(shape))]
     reduced = [shape[axis] for axis in axes]
-    kind = {"mean": "sum"}.get(traits.reduce or "", traits.reduce or "")
+    kind = {"mean": "sum", "argmax": "max"}.get(traits.reduce or "", traits.reduce or "")
     if kind not in _REDUCE:
         raise CodegenError(f"op {node.target} has no kernel", where=where(node))
 
@@ -178,8 +185,10 @@ def _reduction(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Registe
     result = reduce(make, kind, traits.reduce or kind)
     if traits.reduce == "mean":
         return Register(writer.emit("mean", f"{result.text} / {writer.size(size)}", deps), dtype, deps)
-    if kind == "sum" or not dtype.is_floating_point:
+    if kind == "sum":
         return result
+    if not dtype.is_floating_point:
+        return _first_place(writer, make, result, None, size, reduce) if traits.reduce == "argmax" else result
 
     def is_nan(place: Index) -> Register:
         value = make(place)
@@ -189,8 +198,32 @@ def _reduction(ev: "Evaluator", node: Node, index: tuple[Index, ...]) -> Registe
 
     # tl.max and tl.min pass over NaN, where torch returns it.
     nans = reduce(is_nan, "sum", "nans")
+    if traits.reduce == "argmax":
+        return _first_place(writer, make, result, nans, size, reduce)
     text = writer.emit(f"{kind}_or_nan", f'tl.where({nans.text} > 0, float("nan"), {result.text})', deps)
     return Register(text, dtype, deps)
+
+
+def _first_place(
+    writer: KernelWriter,
+    make: Make,
+    peak: Register,
+    nans: Register | None,
+    size: Size,
+    reduce: Callable[[Make, str, str], Register],
+) -> Register:
+    """First of the places whose value is the greatest; NaN, where there is one, counts as that."""
+
+    def place_of_peak(place: Index) -> Register:
+        value = make(place)
+        deps = value.deps | peak.deps | place.deps
+        found = f"{value.text} == {peak.text}"
+        if nans is not None:
+            found = f"tl.where({nans.text} > 0, {value.text} != {value.text}, {found})"
+        at = f"tl.where({found}, {writer.index_text(place)}, {writer.size(size)}).to(tl.int64)"
+        return Register(writer.emit("at", at, deps), torch.int64, deps)
+
+    return reduce(place_of_peak, "min", "argmax")
 
 
 def _norm_parts(

@@ -1,8 +1,9 @@
 """Scattering packed rows back to padded places, with zeros at every other place.
 
 One program a packed row: it stores its row at its place, and zeros at the places between the row before and itself. A
-last program stores the zeros behind the last row. So each place is written exactly once, nothing is cleared beforehand,
-and nothing is read from places that hold no token.
+last program stores the zeros behind the last row. A row that is no key, which comes before those of its sequence, is
+stored nowhere, and counts as the start of its sequence. So each place is written exactly once, nothing is cleared
+beforehand, and nothing is read from places that hold no token.
 """
 
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ def open_scatter(evaluator: Evaluator, node: Node, view: View, rows: Size) -> It
         The index of the program's row.
     """
     writer = evaluator.writer
-    writer.reserve("program", "first", "place", "pad", "row")
+    writer.reserve("program", "before", "first", "place", "last", "pad", "row")
     given = arguments(node)
     shape = fact(node, TensorType).shape
     if given["row_index"] not in evaluator.inputs:
@@ -43,15 +44,27 @@ def open_scatter(evaluator: Evaluator, node: Node, view: View, rows: Size) -> It
     places = writer.pointer(*evaluator.inputs[given["row_index"]], "row_index")
     out = writer.pointer(view, fact(node, TensorType).dtype, "out")
     count, end = writer.size(rows), writer.size(shape[0] * shape[1])
+
     writer.statement("program = tl.program_id(0).to(tl.int64)")
-    writer.statement(f"first = tl.load({places} + program - 1, mask=program > 0, other=-1).to(tl.int64) + 1")
-    writer.statement(f"place = tl.load({places} + program, mask=program < {count}, other={end}).to(tl.int64)")
-    with writer.block("for pad in range(first, place):"):
+    writer.statement(f"before = tl.load({places} + program - 1, mask=program > 0, other=0).to(tl.int64)")
+    writer.statement(f"place = tl.load({places} + program, mask=program < {count}, other=0).to(tl.int64)")
+    key_before, key = (_is_key(evaluator, node, place) for place in ("before", "place"))
+    length = writer.size(shape[1])
+    writer.statement(f"first = tl.where({key_before}, before + 1, before // {length} * {length})")
+    writer.statement(f"last = tl.where({key}, place, place // {length} * {length})")
+    with writer.block(f"for pad in range(tl.where(program > 0, first, 0), tl.where(program < {count}, last, {end})):"):
         _store_zeros(evaluator, out, product(shape[2:]))
     with writer.block(f"if program < {count}:"):
         writer.statement("row = program")
         writer.row_deps = frozenset(("row",))
         yield writer.define(Var("row", rows))
+
+
+def _is_key(evaluator: Evaluator, node: Node, place: str) -> str:
+    """Text of whether a token is at the place of the batch that the variable ``place`` names."""
+    given, shape = arguments(node), fact(node, TensorType).shape
+    at = evaluator.writer.define(Var(place, shape[0] * shape[1]))
+    return evaluator.number(given["valid"], (at // shape[1], at % shape[1]), torch.bool).text
 
 
 def _store_zeros(evaluator: Evaluator, out: str, width: Size) -> None:
@@ -79,16 +92,13 @@ def _zero(evaluator: Evaluator, out: str, column: Index, width: Size) -> None:
 
 
 def store_scattered(evaluator: Evaluator, node: Node, view: View, index: tuple[Index, ...], value: Register) -> None:
-    """Stores a packed row's values at its place; zeros where the place is kept but not valid."""
+    """Stores a packed row's values at its place, if it is a key."""
     writer = evaluator.writer
-    given = arguments(node)
     shape = fact(node, TensorType).shape
-    place = variable("place", shape[0] * shape[1], index[0].deps)
-    real = evaluator.value(given["valid"], (place // shape[1], place % shape[1]))
-    condition = real.text if real.dtype == torch.bool else f"{real.text} != 0"
-    kept = writer.emit("kept", f"tl.where({condition}, {value.text}, 0)", value.deps | real.deps)
+    place = variable("place", shape[0] * shape[1])
     inner = linear(index[1:], contiguous_strides(shape[2:]))
     out = writer.pointer(view, fact(node, TensorType).dtype, "out")
     address = f"{out} + {writer.index_text(place * product(shape[2:]) + inner)}"
     mask = writer.mask(inner.deps) if inner != constant(0) else None
-    writer.statement(f"tl.store({address}, {kept}{f', mask={mask}' if mask else ''})")
+    kept = " & ".join(filter(None, (mask, _is_key(evaluator, node, "place"))))
+    writer.statement(f"tl.store({address}, {value.text}, mask={kept})")

@@ -127,6 +127,7 @@ class KernelWriter:
         loop_places: whether a reduction may loop over single places where no vector can run along its axis.
         column_names: name of the column variable of each axis size.
         row_deps: variables that stand for the row; columns are defined where these are.
+        asserts: whether the text asserts something.
     """
 
     def __init__(self, rank: int, register_columns: int = 4096, loop_columns: int = 1024) -> None:
@@ -136,6 +137,7 @@ class KernelWriter:
         self.loop_places = False
         self.column_names: dict[Size, str] = {}
         self.row_deps: frozenset[str] = frozenset()
+        self.asserts = False
         self.params: list[tuple[str, str, Pointer | Scalar]] = []
         self.constants: dict[str, int] = {}
         self.variables: dict[str, Var] = {}
@@ -270,6 +272,15 @@ class KernelWriter:
             if not missing:
                 return scope
         raise CodegenError(f"index variables {sorted(missing)} are used outside the loop that defines them")
+
+    def require(self, condition: str, message: str, deps: frozenset[str]) -> None:
+        """Stops the kernel with ``message`` where the condition does not hold, of the values that count."""
+        self.asserts = True
+        mask = self.mask(deps)
+        scope = self.scope_of(deps)
+        text = f'tl.device_assert({condition}, "{message}"{f", mask={mask}" if mask else ""})'
+        if text not in scope.lines:
+            scope.lines.append(text)
 
     @contextmanager
     def block(self, head: str) -> Iterator[Scope]:

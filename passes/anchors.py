@@ -22,6 +22,7 @@ _FAMILY = {
     Flow.LAST_AXIS: Anchor.ROW,
     Flow.REDUCE: Anchor.ROW,
     Flow.LOOKUP: Anchor.ROW,
+    Flow.COLUMN: Anchor.ROW,
     Flow.CREATE: Anchor.ROW,
     Flow.PACKING: Anchor.ROW,
     Flow.VIEW: Anchor.ROW,

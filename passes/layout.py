@@ -50,13 +50,14 @@ class Packing:
         layouts: layout of every tensor node.
         validity: the [B, S] value whose nonzero entries mark real tokens; None when nothing is packed.
         padded_again: packed values that an op also needs with padding.
-        first: nodes that read column 0 of a packed value.
+        columns: nodes that read one column of a packed value, and which: a number, the node of a size, or the node of
+            an integer tensor [B], counted from the end where negative.
     """
 
     layouts: dict[Node, Layout]
     validity: Validity | None
     padded_again: frozenset[Node]
-    first: frozenset[Node]
+    columns: dict[Node, int | Node]
 
 
 class _Mixes(Exception):
@@ -85,7 +86,7 @@ class _Analysis:
         self.validity = validity
         self.layouts: dict[Node, Layout] = {}
         self.padded_again: set[Node] = set()
-        self.first: set[Node] = set()
+        self.columns: dict[Node, int | Node] = {}
         self.rules: dict[Flow, Callable[[Node], Layout]] = {
             Flow.POINTWISE: self._pointwise,
             Flow.LAST_AXIS: self._last_axis,
@@ -94,6 +95,7 @@ class _Analysis:
             Flow.LOOKUP: self._lookup,
             Flow.REDUCE: self._reduce,
             Flow.VIEW: self._view,
+            Flow.COLUMN: self._column,
             Flow.ATTENTION: self._attention,
             Flow.CREATE: lambda node: self._unpacked(node, axes_by_shape(shape_of(node))),
         }
@@ -107,11 +109,12 @@ class _Analysis:
                 self.layouts[node] = layout
             elif node.op != "output" and find_fact(node, SizeValue) is None:
                 self._needs_padded(node, self._packed_operands(node), _unknown(node))
-        if self.validity is not None:
-            self._check_validity_is_padded(self.validity.node)
-        if self.first:
-            check_pads_alike(self.gm, self.layouts)
-        return Packing(self.layouts, self.validity, frozenset(self.padded_again), frozenset(self.first))
+        if self.validity is not None and (tokens := self._tokens_behind(self.validity.node)) is not None:
+            why = "the validity of keys is computed from the tokens it would pack"
+            raise NotPackable("validity_from_tokens", where(tokens), why)
+        if self.columns:
+            check_pads_alike(self.gm, self.layouts, self.columns)
+        return Packing(self.layouts, self.validity, frozenset(self.padded_again), self.columns)
 
     def _layout(self, node: Node) -> Layout:
         if node.op == "get_attr":
@@ -190,7 +193,8 @@ class _Analysis:
             names = ", ".join(sorted(map(str, symbols)))
             raise NotPackable("fixed_features", where(node), f"the size of a token's features depends on {names}")
 
-    def _check_validity_is_padded(self, node: Node) -> None:
+    def _tokens_behind(self, node: Node) -> Node | None:
+        """A packed value that ``node`` is or is computed from: the row index, which comes first, cannot wait for it."""
         pending, seen = [node], set()
         while pending:
             current = pending.pop()
@@ -198,9 +202,9 @@ class _Analysis:
                 continue
             seen.add(current)
             if self.layouts[current].kind is _PACKED:
-                why = "the validity of keys is computed from the tokens it would pack"
-                raise NotPackable("validity_from_tokens", where(current), why)
+                return current
             pending.extend(current.all_input_nodes)
+        return None
 
     def _check_weights(self, node: Node, weights: list[Any]) -> None:
         for weight in weights:
@@ -309,22 +313,40 @@ class _Analysis:
             return self._unpacked(node, axes)
         if None not in axes and len({self._axes(operand) for operand in packed}) == 1:
             return Layout(_PACKED, *axes)
-        if self._reads_first_column(node):
-            self.first.add(node)
+        column = self._column_cut_out(node)
+        if column is not None:
+            self.columns[node] = column
             batch, _ = axes
             return Layout(LayoutKind.PER_SEQUENCE, batch, None)
         raise _Mixes("no_mixing_of_places", "it cuts or merges an axis of the batch or the sequence")
 
-    def _reads_first_column(self, node: Node) -> bool:
+    def _column_cut_out(self, node: Node) -> int | Node | None:
+        """The one column that a select or a slice leaves of its operand, or None."""
         source, layout = tensor_operands(node)[0], self.layouts[tensor_operands(node)[0]]
         args = positional(node)
         if layout.batch_axis == layout.seq_axis or node.target not in (aten.select.int, aten.slice.Tensor):
-            return False
+            return None
         if int(args[1]) % len(shape_of(source)) != layout.seq_axis:
-            return False
-        if node.target is aten.select.int:
-            return bool(args[2] == 0)
-        return args[2] in (None, 0) and args[3] == 1 and args[4] == 1
+            return None
+        if node.target is aten.slice.Tensor and not same_size(shape_of(node)[layout.seq_axis], 1):
+            return None
+        column: int | Node | None = args[2]
+        return 0 if column is None else column
+
+    def _column(self, node: Node) -> Layout:
+        """A column that is known at run time only; it has to be known before there are packed rows."""
+        source, column = tensor_operands(node)[0], positional(node)[1]
+        if self.layouts[source].kind is not _PACKED:
+            return self._unpacked(node, without(self._axes(source), {1}))
+        tokens = self._tokens_behind(column)
+        if tokens is not None:
+            raise _Mixes(
+                "column_from_tokens", f"the column it reads is computed from the packed tokens '{tokens.name}'"
+            )
+        if self._axes(source) != (0, 1):
+            raise _Mixes("no_mixing_of_places", "it reads one place along an axis that is not that of the sequence")
+        self.columns[node] = column
+        return Layout(LayoutKind.PER_SEQUENCE, 0, None)
 
     def _attention(self, node: Node) -> Layout:
         if self.validity is None:

@@ -17,17 +17,22 @@ from tilewright.passes.layout_validity import NotPackable
 _ROW_WISE = (Flow.POINTWISE, Flow.LAST_AXIS, Flow.CONTRACT, Flow.LOOKUP, Flow.REDUCE, Flow.VIEW)
 
 
-def check_pads_alike(gm: GraphModule, layouts: dict[Node, Layout]) -> None:
-    """Checks the values of each attention of ``uniform_pads``.
+def check_pads_alike(gm: GraphModule, layouts: dict[Node, Layout], columns: dict[Node, int | Node]) -> None:
+    """Checks the columns that are read behind an attention of ``uniform_pads``, and the values of each.
 
     Raises:
-        NotPackable: masked places of the values may differ.
+        NotPackable: masked places of the values may differ, or one may stand behind a token: a query by itself is known
+            as masked by its column alone, which must then come before those of all tokens.
     """
     alike: set[Node] = set()
     for node in gm.graph.nodes:
         if find_fact(node, TensorType) is None:
             continue
         uniform = traits_of(node.target).flow is Flow.ATTENTION and positional(node)[-1] is True
+        later = [each for each, column in columns.items() if column != 0] if uniform else []
+        if later:
+            why = f"a masked query sees all places alike, and '{later[0].name}' reads one that may be behind tokens"
+            raise NotPackable("masked_places_alike", where(node), why)
         if uniform and (value := positional(node)[2]) not in alike:
             why = f"a masked query sees all places alike, and masked places of '{value.name}' may differ"
             raise NotPackable("masked_places_alike", where(node), why)

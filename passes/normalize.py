@@ -6,6 +6,7 @@ from tilewright.passes.merge_equal import MergeEqual
 from tilewright.passes.normalize_pointwise import NormalizePointwise
 from tilewright.passes.normalize_views import NormalizeViews
 from tilewright.passes.recognize_attention import RecognizeAttention
+from tilewright.passes.recognize_columns import RecognizeColumns
 from tilewright.passes.recognize_head_linear import RecognizeHeadLinear
 from tilewright.passes.recognize_linear import RecognizeLinear
 from tilewright.passes.recognize_norms import RecognizeNorms
@@ -25,6 +26,7 @@ def normalization() -> tuple[Pass, ...]:
         RecognizeHeadLinear(),
         RecognizeNorms(),
         RecognizeTopK(),
+        RecognizeColumns(),
         RecognizeAttention(),  # after linear: what is left of matmul multiplies two computed tensors
         RecognizeScoreTables(),  # before masks: what is left of a bias may be one
         RecoverMask(),  # needs the masks as operands of attention

@@ -160,11 +160,13 @@ class _Body:
         if record.anchor is not Anchor.INDEX:
             read = (node for node in self.unit if any(user not in inside for user in node.users))
             return {self.new[node]: node for node in read}
-        head = self.unit[0]
-        found = {int(node.args[1]): node for node in self.unit[1:]}  # type: ignore[arg-type]
+        head = next(node for node in self.unit if find_fact(node, TupleType))
+        found: dict[Any, Node] = {node.args[1]: node for node in self.unit if node.args[:1] == (head,)}
         results: dict[Node, Node | None] = {}
         for place, kind in enumerate(fact(head, TupleType).items):
             outside = found.get(place)
+            if 0 in kind.shape:  # rows of no column
+                continue
             if outside is not None:
                 results[self.new[outside]] = outside
                 continue

@@ -29,6 +29,7 @@ class RowIndex:
     cu_seqlens: Node
     key_start: Node
     seqlens_k: Node
+    column_rows: Node
 
 
 class PackingBuilder:
@@ -39,9 +40,15 @@ class PackingBuilder:
         self._sizes: dict[Size, Node] = {}
         self._scattered: dict[Node, Node] = {}
 
-    def start(self, valid: Node, *, keep_first: bool) -> None:
-        """Makes the row index from ``valid`` [B, S] and reads the sizes B, S and T."""
+    def start(self, valid: Node, columns: Sequence[int | Node]) -> None:
+        """Makes the row index from ``valid`` [B, S] and reads the sizes B, S and T.
+
+        Args:
+            columns: those it keeps, of ``Packing.columns``, in the form of this graph.
+        """
         self.valid = valid
+        for symbol, axis in ((BATCH, 0), (SEQ, 1)):
+            self._sizes[symbol] = self._size_node(aten.sym_size.int, (valid, axis), symbol)
         i32 = torch.int32
         types = (
             TensorType((TOKENS,), i32),
@@ -49,19 +56,34 @@ class PackingBuilder:
             TensorType((BATCH + 1,), i32),
             TensorType((BATCH,), i32),
             TensorType((BATCH,), i32),
+            TensorType((len(columns), BATCH), i32),
         )
-        packed = self.graph.create_node("call_function", tw.pack_index.default, (valid, keep_first), {}, "pack_index")
+        args = (valid, [self._column(column) for column in columns])
+        packed = self.graph.create_node("call_function", tw.pack_index.default, args, {}, "pack_index")
         set_fact(packed, TupleType(types))
         copy_origin(valid, packed, MADE_BY)
-        layouts = [Layout(LayoutKind.PACKED, 0, 1)] * 2 + [Layout(LayoutKind.PER_SEQUENCE, 0)] * 3
+        per_sequence = [Layout(LayoutKind.PER_SEQUENCE, 0)] * 3
+        layouts = [*[Layout(LayoutKind.PACKED, 0, 1)] * 2, *per_sequence, Layout(LayoutKind.PER_SEQUENCE, 1)]
         names = [each.name for each in fields(RowIndex)]
         items = [
             self.call(operator.getitem, (packed, place), types[place], valid, layouts[place], name=name)
             for place, name in enumerate(names)
         ]
         self.index = RowIndex(*items)
-        for symbol, source, axis in ((BATCH, valid, 0), (SEQ, valid, 1), (TOKENS, self.index.row_index, 0)):
-            self._sizes[symbol] = self._size_node(aten.sym_size.int, (source, axis), symbol)
+        # All before the first packed row, so that a selection can move to wherever its operand is made.
+        self._rows_of_column = [
+            self.call(aten.select.int, (items[-1], 0, number), types[-2], valid, per_sequence[0])
+            for number in range(len(columns))
+        ]
+        self._sizes[TOKENS] = self._size_node(aten.sym_size.int, (self.index.row_index, 0), TOKENS)
+
+    def _column(self, column: int | Node) -> Node:
+        """A column as a tensor [B]."""
+        if isinstance(column, Node) and find_fact(column, TensorType) is not None:
+            return column
+        made = {"dtype": torch.int64, "device": torch.device("cpu"), "pin_memory": False}
+        type_, layout = TensorType((BATCH,), torch.int64), Layout(LayoutKind.PER_SEQUENCE, 0)
+        return self.call(aten.full.default, ([self.size(BATCH)], column), type_, self.valid, layout, made)
 
     def call(
         self,
@@ -220,14 +242,21 @@ class PackingBuilder:
             mask = self.call(aten.unsqueeze.default, (mask, axis), masked, origin, layout)
         return self.call(aten.masked_fill.Scalar, (value, mask, fill), type_, origin, layout)
 
-    def first_rows(self, rows: Node, type_: TensorType, layout: Layout, kept_axis: int | None, origin: Node) -> Node:
-        """Column 0 of each sequence, axes in the order of the padded form ``type_``; ``kept_axis`` stays as 1."""
+    def column(
+        self, rows: Node, number: int, type_: TensorType, layout: Layout, kept_axis: int | None, origin: Node
+    ) -> Node:
+        """The column with that number of packed rows, one row of each sequence.
+
+        Args:
+            type_, layout: of the padded form, which gives the order of axes.
+            kept_axis: axis that stays, with size 1; None for none.
+        """
         rest = rest_axes(len(type_.shape), layout)
         features = tuple(type_.shape[axis] for axis in rest)
         per_sequence = Layout(LayoutKind.PER_SEQUENCE, 0)
-        first = TensorType((BATCH, *features), type_.dtype)
-        args = (rows, self.index.cu_seqlens)
-        value = self.call(tw.first_rows.default, args, first, origin, per_sequence)
+        selected = TensorType((BATCH, *features), type_.dtype)
+        args = (rows, self._rows_of_column[number])
+        value = self.call(tw.select_rows.default, args, selected, origin, per_sequence)
         axes = [axis for axis in range(len(type_.shape)) if axis != layout.seq_axis]
         order = [0 if axis == layout.batch_axis else 1 + rest.index(axis) for axis in axes]
         value = self.permute(value, order, origin, Layout(LayoutKind.PER_SEQUENCE, order.index(0)))

@@ -51,7 +51,10 @@ class PackingRewriter:
                 self.plain(node)
         assert self.packing.validity is not None
         valid = self.plain(self.packing.validity.node)
-        self.build.start(valid, keep_first=bool(self.packing.first))
+        columns = {node: self._column(column) for node, column in self.packing.columns.items()}
+        kept = list(dict.fromkeys(columns.values()))
+        self._column_number = {node: kept.index(column) for node, column in columns.items()}
+        self.build.start(valid, kept)
         for node in nodes:
             if node.op == "output":
                 self._output(node)
@@ -71,7 +74,7 @@ class PackingRewriter:
             "attention": tw.attention_packed.default,
             "gather": tw.gather_rows.default,
             "scatter": tw.scatter_rows.default,
-            "first_rows": tw.first_rows.default,
+            "select_rows": tw.select_rows.default,
         }
         counts = {name: sum(node.target is target for node in graph.nodes) for name, target in named.items()}
         packed = sum(layout.kind is LayoutKind.PACKED for layout in self.layouts.values())
@@ -103,8 +106,8 @@ class PackingRewriter:
             made = self.build.size(size.value)
             assert isinstance(made, Node)
             return made
-        if node in self.packing.first:
-            return self._first_rows(node)
+        if node in self.packing.columns:
+            return self._rows_at_column(node)
         if self._is_packed(node):
             return self._padded_again(node, self.layouts[node].pad_value or 0.0)
         copy = self.build.graph.node_copy(node, self.plain)
@@ -127,11 +130,14 @@ class PackingRewriter:
             self._scattered[key] = self.build.unpack(self.rows(node), type_, layout, fill, node)
         return self._scattered[key]
 
-    def _first_rows(self, node: Node) -> Node:
-        source = tensor_operands(node)[0]
+    def _column(self, column: int | Node) -> int | Node:
+        return self.plain(column) if isinstance(column, Node) else column
+
+    def _rows_at_column(self, node: Node) -> Node:
+        source, number = tensor_operands(node)[0], self._column_number[node]
         layout = self.layouts[source]
         kept_axis = layout.seq_axis if node.target is aten.slice.Tensor else None
-        return self.build.first_rows(self.rows(source), fact(source, TensorType), layout, kept_axis, node)
+        return self.build.column(self.rows(source), number, fact(source, TensorType), layout, kept_axis, node)
 
     # Packed form ---------------------------------------------------------------------------------------------------
 
@@ -271,7 +277,7 @@ class PackingRewriter:
         rows = [rows_of(x) for x in (q, k, v)]
         tables = (rows_of(query_table), plain(query_index), rows_of(key_table), plain(key_index))
         # Where no column is kept for its place, no query is padding.
-        rest = (*options, *tables, uniform and bool(self.packing.first))
+        rest = (*options, *tables, uniform and bool(self.packing.columns))
         index = self.build.index
         offsets = (index.cu_seqlens, index.key_start, index.seqlens_k, index.slots, index.slots)
         args = (*rows, *offsets, plain(bias), plain(sinks), self.build.size(SEQ), self.build.size(SEQ), *rest)

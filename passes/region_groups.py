@@ -217,7 +217,7 @@ def may_repeat(producer: Group, consumer: Group, between: tuple[Node, ...]) -> b
     than reading it: look-ups, indices and conversions. Any pointwise work may be, where it is only concatenated: then
     each element is needed once.
     """
-    if producer.anchor is not Anchor.ROW or consumer.anchor is not Anchor.ROW:
+    if producer.anchor is not Anchor.ROW or consumer.anchor not in (Anchor.ROW, Anchor.INDEX):
         return False
     inner = {*producer.members, *between}
     if any(user not in inner and user not in consumer.members for node in inner for user in node.users):

@@ -30,7 +30,7 @@ tw = torch.ops.tilewright
 _ROW_WISE = {Flow.POINTWISE, Flow.LAST_AXIS, Flow.CONTRACT, Flow.GROUPED, Flow.LOOKUP, Flow.REDUCE, Flow.VIEW}
 # What picks rows of a packed value: how many, and the layout of the result.
 _PICKS: dict[Any, tuple[Size, Layout]] = {
-    tw.first_rows.default: (BATCH, Layout(LayoutKind.PER_SEQUENCE, 0)),
+    tw.select_rows.default: (BATCH, Layout(LayoutKind.PER_SEQUENCE, 0)),
     tw.take_rows.default: (WANTED, Layout(LayoutKind.SELECTED, 0)),
 }
 
@@ -54,6 +54,7 @@ class SliceRows(Pass):
         # Users come before producers, so that all that reads a value has been moved when its turn comes.
         for node in reversed(list(gm.graph.nodes)):
             slicer.visit(node)
+        erase_dead(gm)  # offsets and sizes that nothing but the whole attention read
         gm.graph.lint()
         gm.recompile()
         counts = {"sliced": slicer.sliced, "attention": slicer.attentions}

@@ -23,7 +23,6 @@ tw = torch.ops.tilewright
 _FROM_INDEX: dict[Any, dict[int, int]] = {
     tw.gather_rows.default: {1: 0},
     tw.scatter_rows.default: {1: 0},
-    tw.first_rows.default: {1: 2},
     tw.attention_packed.default: {4: 3, 5: 4, 7: 1},
 }
 
@@ -93,7 +92,7 @@ def _queries_placed(gm: GraphModule) -> Iterator[Violation]:
         offsets, slots = args[3], args[6]
         if _is_result(gm, offsets, 2) and _is_result(gm, slots, 1):
             continue
-        picked = slots.target is tw.first_rows.default and _is_result(gm, slots.args[0], 1)
+        picked = slots.target is tw.select_rows.default and _is_result(gm, slots.args[0], 1)
         if not (picked and offsets.target is aten.arange.start_step):
             yield Violation(node, f"its queries have offsets '{offsets.name}' and slots '{slots.name}'")
 
@@ -146,11 +145,13 @@ def _attention_packed(gm: GraphModule) -> Iterator[Violation]:
             yield Violation(node, "it works on padded tensors beside a row index")
 
 
-def _first_column_kept(gm: GraphModule) -> Iterator[Violation]:
-    kept = all(positional(node)[1] is True for node in _row_indices(gm))
+def _rows_of_columns(gm: GraphModule) -> Iterator[Violation]:
     for node in calls(gm):
-        if node.target is tw.first_rows.default and not kept:
-            yield Violation(node, "it reads column 0, which the row index drops where it is masked")
+        if node.target is not tw.select_rows.default:
+            continue
+        rows = positional(node)[1]
+        if not (rows.target is aten.select.int and rows.args[1] == 0 and _is_result(gm, rows.args[0], 5)):
+            yield Violation(node, f"its rows '{rows.name}' are none that the row index kept a column for")
 
 
 def _tokens_not_mixed(gm: GraphModule) -> Iterator[Violation]:
@@ -192,7 +193,7 @@ PACKED = (
     Rule("scattered_once", "a value is scattered once", _scattered_once),
     Rule("stays_packed", "nothing is padded and packed again", _stays_packed),
     Rule("attention_packed", "in a packed graph every attention is packed", _attention_packed),
-    Rule("first_column_kept", "the row index keeps column 0 if it is read", _first_column_kept),
+    Rule("rows_of_columns", "rows are selected at columns that the row index keeps", _rows_of_columns),
     Rule(
         "tokens_not_mixed",
         "only attention and the packing ops read across the rows of a packed value",

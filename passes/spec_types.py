@@ -140,7 +140,8 @@ def _wrong_row_index(node: Node) -> str | None:
     """T depends on data, so no run on meta tensors can tell it."""
     i32 = torch.int32
     rows, batch = TensorType((TOKENS,), i32), TensorType((BATCH,), i32)
-    expected = TupleType((rows, rows, TensorType((BATCH + 1,), i32), batch, batch))
+    columns = TensorType((len(node.args[1]), BATCH), i32)  # type: ignore[arg-type]
+    expected = TupleType((rows, rows, TensorType((BATCH + 1,), i32), batch, batch, columns))
     found = find_fact(node, TupleType)
     return None if found == expected else f"its type is {found}, a row index is {expected}"
 

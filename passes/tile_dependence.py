@@ -279,16 +279,16 @@ def _scatter_rows(node: Node) -> list[OperandRead]:
     ]
 
 
-def _first_rows(node: Node) -> list[OperandRead]:
-    x, cu_seqlens = _operands(node)
-    tail = (same(axis) for axis in range(1, len(_shape(x))))
-    return [OperandRead(x, (LOOKED_UP, *tail)), OperandRead(cu_seqlens, (MOVED,))]
-
-
-def _take_rows(node: Node) -> list[OperandRead]:
-    x, rows, _ = _operands(node)
+def _select_rows(node: Node) -> list[OperandRead]:
+    x, rows, *_ = _operands(node)
     tail = (same(axis) for axis in range(1, len(_shape(x))))
     return [OperandRead(x, (LOOKED_UP, *tail)), OperandRead(rows, (same(0),))]
+
+
+def _column(node: Node) -> list[OperandRead]:
+    x, column = _operands(node)
+    tail = (same(axis - 1) for axis in range(2, len(_shape(x))))
+    return [OperandRead(x, (same(0), LOOKED_UP, *tail)), OperandRead(column, (same(0),))]
 
 
 _Rule = Callable[[Node], list[OperandRead]]
@@ -298,6 +298,7 @@ _BY_FLOW: dict[Flow, _Rule] = {
     Flow.CONTRACT: _contract,
     Flow.GROUPED: _grouped,
     Flow.LOOKUP: _lookup,
+    Flow.COLUMN: _column,
     Flow.REDUCE: _reduce,
 }
 _BY_TARGET: dict[Any, _Rule] = {
@@ -312,6 +313,6 @@ _BY_TARGET: dict[Any, _Rule] = {
     aten.gather.default: _gather,
     packing.gather_rows.default: _gather_rows,
     packing.scatter_rows.default: _scatter_rows,
-    packing.first_rows.default: _first_rows,
-    packing.take_rows.default: _take_rows,
+    packing.select_rows.default: _select_rows,
+    packing.take_rows.default: _select_rows,
 }

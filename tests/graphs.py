@@ -155,9 +155,12 @@ def packed_bert(layers: int = 2, n: int = 32) -> GraphBuilder:
     ids = g.input("input_ids", BATCH, SEQ, dtype=torch.int64)
     mask = g.mask()
     length = g.size(ids, 1)
-    packed = g.call(packing.pack_index.default, mask, True, name="pack")
-    names = ("row_index", "slots", "cu_seqlens", "key_start", "seqlens_k")
+    made = {"dtype": torch.int64, "device": torch.device("cpu"), "pin_memory": False}
+    column = g.call(aten.full.default, [g.size(mask, 0)], 0, name="column", **made)
+    packed = g.call(packing.pack_index.default, mask, [column], name="pack")
+    names = ("row_index", "slots", "cu_seqlens", "key_start", "seqlens_k", "column_rows")
     index = {name: g.item(packed, place) for place, name in enumerate(names)} | {"length": length}
+    rows = g.call(aten.select.int, index["column_rows"], 0, 0, name="rows")
     positions = g.weight("position_ids", 1, 20, dtype=torch.int64)
     positions = g.call(aten.slice.Tensor, positions, 1, 0, length)
     positions = g.call(aten.expand.default, positions, [g.size(ids, 0), length])
@@ -169,7 +172,7 @@ def packed_bert(layers: int = 2, n: int = 32) -> GraphBuilder:
     for layer in range(layers):
         x = bert_layer(g, x, index, f"l{layer}")
     hidden = g.call(packing.scatter_rows.default, x, index["row_index"], mask, name="scatter")
-    first = g.call(packing.first_rows.default, x, index["cu_seqlens"], name="first")
+    first = g.call(packing.select_rows.default, x, rows, name="first")
     pooled = g.call(aten.tanh.default, g.linear(first, "pooler", n), name="pooler_tanh")
     g.outputs = (hidden, pooled)
     return g

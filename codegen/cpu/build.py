@@ -52,7 +52,7 @@ def build(source: KernelSource) -> BuiltKernel:
                 raise CodegenError(f"kernel '{source.name}' was built but cannot be read back")
         _loaded[key] = code
     params = tuple(name for name, _ in source.signature)
-    return BuiltKernel(source, code.address, params, code, stops=settings.get_once("check"))
+    return BuiltKernel(source, code.address, params, code, stops=settings.get_once("check") or source.asserts)
 
 
 def kernel_key(source: KernelSource, target: CpuTarget) -> str:
@@ -80,7 +80,9 @@ def _compile(source: KernelSource, target: CpuTarget) -> bytes:
     path = _write_source(source)
     function = _import_function(source, path)
     backend = CpuBackend(GPUTarget("cpu", target.key, 1))
-    options = backend.parse_options({"num_warps": source.num_warps, "num_stages": source.num_stages})
+    launch = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+    # Debug mode is what compiles assertions in; its tests for overflow are not asked for.
+    options = backend.parse_options({**launch, "debug": source.asserts, "sanitize_overflow": False})
     ast_source = ASTSource(function, *_specialization(source, function))
     context = ir.context()
     ir.load_dialects(context)

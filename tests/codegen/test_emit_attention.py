@@ -1,5 +1,7 @@
 """Attention kernels in each form, packed and padded, against the op's own definition in fp64."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tests.codegen.bodies import Body, assert_matches
@@ -41,7 +43,7 @@ def packed(
     heads: tuple[int, int] = (2, 2),
     sizes: tuple[int, int] = (16, 16),
     dtype: torch.dtype = torch.float32,
-    keep_first: bool = False,
+    columns: Sequence[Tensor] = (),
     window: tuple[bool, int, int] = (False, -1, -1),
     softcap: float = 0.0,
     bias: str | None = None,
@@ -52,10 +54,10 @@ def packed(
 ) -> None:
     """Operands are slices of one [T, ...] tensor, as behind a joint projection; heads are merged again behind.
 
-    With ``nans`` keys and values of rows that are no keys hold NaN.
+    ``columns`` are those the row index keeps. With ``nans`` keys and values of rows that are no keys hold NaN.
     """
     batch, length = valid.shape
-    row_index, slots, *offsets = ops.pack_index(valid, keep_first)
+    row_index, slots, *offsets, _ = ops.pack_index(valid, columns)
     (query_heads, key_heads), (size, value_size) = heads, sizes
     widths = [query_heads * size, key_heads * size, key_heads * value_size]
     body = Body()
@@ -101,6 +103,11 @@ def lengths(*values: int) -> Tensor:
     return torch.arange(max(values))[None] < torch.tensor(values)[:, None]
 
 
+def ends(batch: int, length: int) -> list[Tensor]:
+    """The first column, the last one, and one in between, of each sequence."""
+    return [torch.zeros(batch).long(), torch.full((batch,), -1), torch.randint(length, (batch,))]
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_packed_uneven_lengths(form: str, dtype: torch.dtype) -> None:
     packed(form, lengths(70, 1, 0, 64, 13), dtype=dtype)
@@ -120,7 +127,9 @@ def test_packed_mixes_of_lengths(form: str, longest: int) -> None:
 
 def test_dead_rows_may_hold_anything(form: str) -> None:
     """Rows that are queries and no keys, and rows that no sequence has, are not read as keys."""
-    packed(form, torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 1]]).repeat_interleave(20, 1), keep_first=True, nans=True)
+    packed(
+        form, torch.tensor([[0, 1, 1], [0, 0, 0], [0, 0, 1]]).repeat_interleave(20, 1), columns=ends(3, 60), nans=True
+    )
 
 
 def test_packed_one_token(form: str) -> None:
@@ -132,12 +141,12 @@ def test_packed_one_head(form: str) -> None:
 
 
 def test_packed_causal_left_padding(form: str) -> None:
-    packed(form, lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), keep_first=True)
+    packed(form, lengths(150, 7, 0, 80).flip(1).long(), window=(True, -1, -1), columns=ends(4, 150))
 
 
 @pytest.mark.parametrize("window", [(True, 9, -1), (False, 0, 0), (False, -1, 3)], ids=str)
 def test_packed_windows_count_slots_across_holes(form: str, window: tuple[bool, int, int]) -> None:
-    packed(form, torch.rand(4, 150) < 0.6, window=window, keep_first=True)
+    packed(form, torch.rand(4, 150) < 0.6, window=window, columns=ends(4, 150))
 
 
 @pytest.mark.parametrize("bias", BIAS)
@@ -160,9 +169,17 @@ def test_packed_pads_weigh_all_alike(form: str) -> None:
     valid = torch.stack((*(torch.arange(70) >= n for n in (0, 3, 69, 70)), torch.rand(70) < 0.5, torch.arange(70) < 9))
     if form == "long":
         with pytest.raises(CodegenError, match="padding"):
-            packed(form, valid, uniform=True, keep_first=True)
+            packed(form, valid, uniform=True, columns=[torch.zeros(len(valid), dtype=torch.int64)])
         return
-    packed(form, valid, heads=(4, 2), sizes=(16, 24), uniform=True, keep_first=True, tables=(4, 0))
+    packed(
+        form,
+        valid,
+        heads=(4, 2),
+        sizes=(16, 24),
+        uniform=True,
+        columns=[torch.zeros(len(valid), dtype=torch.int64)],
+        tables=(4, 0),
+    )
 
 
 def padded(
@@ -254,7 +271,7 @@ def test_padded_pads_weigh_all_alike(form: str) -> None:
 def test_keys_and_queries_that_are_computed(form: str) -> None:
     """Norms of each head in front of the attention, whose names must not meet those of the softmax."""
     valid = lengths(40, 5)
-    row_index, slots, *offsets = ops.pack_index(valid, False)
+    row_index, slots, *offsets, _ = ops.pack_index(valid, [])
     body = Body()
     q, k, v = (body.input((TOKENS, 2, 24)) for _ in range(3))
     index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(2)]
@@ -296,7 +313,7 @@ def test_queries_that_are_some_of_the_tokens(form: str, window: tuple[bool, int,
     """One query of each sequence, at any of its slots; keys are all valid tokens."""
     valid = torch.rand(5, 90) < 0.6
     valid[2] = False
-    row_index, slots, _, key_start, seqlens_k = ops.pack_index(valid, False)
+    row_index, slots, _, key_start, seqlens_k, _ = ops.pack_index(valid, [])
     body = Body()
     q, k, v = body.input((BATCH, 2, 24)), body.input((TOKENS, 2, 24)), body.input((TOKENS, 2, 24))
     index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(3)]

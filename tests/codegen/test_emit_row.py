@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.codegen.bodies import Body, assert_matches, emit, run
 
-from tilewright.errors import CodegenError
+from tilewright.errors import CodegenError, KernelAssertion
 from tilewright.ir.program import View
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 
@@ -95,12 +95,12 @@ VALID = {
 
 
 @pytest.mark.parametrize("width", [(1,), (300,), (2, 3), (5000,)], ids=str)
-@pytest.mark.parametrize("keep_first", [False, True])
+@pytest.mark.parametrize("columns", [(), (0,), (-1, 1, 0)], ids=str)
 @pytest.mark.parametrize("pattern", VALID)
-def test_scatter_writes_rows_and_zeros(pattern: str, keep_first: bool, width: tuple[int, ...]) -> None:
+def test_scatter_writes_rows_and_zeros(pattern: str, columns: tuple[int, ...], width: tuple[int, ...]) -> None:
     """Outputs start as NaN: a place that is not written shows, and so does a kept row that is not valid."""
     valid = torch.tensor(VALID[pattern])
-    rows = packing.pack_index(valid, keep_first)[0]
+    rows = packing.pack_index(valid, [torch.full((3,), column) for column in columns])[0]
     body = Body()
     x, index, mask = (
         body.input((TOKENS, *width)),
@@ -113,11 +113,45 @@ def test_scatter_writes_rows_and_zeros(pattern: str, keep_first: bool, width: tu
     assert_matches(gm, [torch.randn(rows.shape[0], *width), rows, valid], sizes, 1e-6)
 
 
-def test_first_rows() -> None:
+def test_select_rows() -> None:
     body = Body()
-    x, offsets = body.input((TOKENS, 40)), body.input((BATCH + 1,), torch.int32)
-    gm = body.module(body.call(aten.tanh.default, body.call(packing.first_rows.default, x, offsets)))
-    assert_matches(gm, [torch.randn(6, 40), torch.tensor([0, 2, 6]).int()], {TOKENS: 6, BATCH: 2}, 1e-6)
+    x, rows = body.input((TOKENS, 40)), body.input((BATCH,), torch.int32)
+    gm = body.module(body.call(aten.tanh.default, body.call(packing.select_rows.default, x, rows)))
+    assert_matches(gm, [torch.randn(6, 40), torch.tensor([5, 0]).int()], {TOKENS: 6, BATCH: 2}, 1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("width", [(), (40,), (2, 3000)], ids=str)
+def test_select_column(width: tuple[int, ...], kind: torch.dtype) -> None:
+    """Negative columns count from the end; the columns are computed in the same kernel."""
+    body = Body()
+    x, column = body.input((BATCH, SEQ, *width)), body.input((BATCH,), kind)
+    last = body.call(aten.sub.Tensor, column, 1)
+    gm = body.module(body.call(aten.neg.default, body.call(packing.select_column.default, x, last)))
+    tensors = [torch.randn(5, 7, *width), torch.tensor([0, 7, 1, -6, 3], dtype=kind)]
+    assert_matches(gm, tensors, {BATCH: 5, SEQ: 7}, 0)
+    for outside in (8, -7, 2**33 if kind is torch.int64 else 2**30):
+        tensors[1][3] = outside
+        with pytest.raises(KernelAssertion, match="outside of the sequence"):
+            run(gm, tensors, {BATCH: 5, SEQ: 7})
+
+
+@pytest.mark.parametrize("shape", [(5, 1), (4, 7), (3, 300), (2, 5000)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.bfloat16], ids=str)
+def test_argmax_is_the_first_of_the_greatest(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    x = torch.randint(-4, 4, shape).to(dtype)
+    if dtype.is_floating_point:
+        x[0, -1], x[1] = float("nan"), float("-inf")
+    body = Body()
+    given = body.input((BATCH, SEQ), dtype)
+    kept, gone = (body.call(aten.argmax.default, given, 1, keepdim) for keepdim in (True, False))
+    assert_matches(body.module(kept, gone), [x], {BATCH: shape[0], SEQ: shape[1]}, 0)
+
+
+def test_argmax_of_another_axis() -> None:
+    body = Body()
+    gm = body.module(body.call(aten.argmax.default, body.input((BATCH, SEQ, 40)), 1))
+    assert_matches(gm, [torch.randn(3, 9, 40)], {BATCH: 3, SEQ: 9}, 0)
 
 
 def test_reductions_over_any_axes() -> None:
@@ -252,7 +286,7 @@ def test_names_of_values_do_not_meet_those_of_the_scatter() -> None:
     joined = body.call(aten.cat.default, [x, y], 1)
     gm = body.module(body.call(packing.scatter_rows.default, joined, rows, mask))
     valid = torch.tensor(VALID["left_and_holes"])
-    index = packing.pack_index(valid, False)[0]
+    index = packing.pack_index(valid, [])[0]
     tensors = [torch.randn(len(index), 5), torch.randn(len(index), 6), index, valid]
     assert_matches(gm, tensors, {BATCH: 3, SEQ: 4, TOKENS: len(index)}, 0)
 

@@ -10,7 +10,7 @@ from references import build, masks
 from torch import Tensor, nn
 
 import tilewright
-from tilewright.errors import CaptureError, InputError
+from tilewright.errors import CaptureError, InputError, KernelAssertion
 
 WIDTH = 32
 
@@ -55,6 +55,44 @@ def call(batch: int, length: int, pattern: str = "right") -> tuple[Tensor, Tenso
 def encoder() -> nn.Module:
     torch.manual_seed(0)
     return Encoder().eval()
+
+
+class LastTokens(nn.Module):
+    """The last token by the number of tokens, the last column, and a column that is given."""
+
+    def __init__(this) -> None:
+        super().__init__()
+        this.encoder, this.out = Encoder(), nn.Linear(WIDTH, 5)
+
+    def forward(this, ids: Tensor, mask: Tensor, column: Tensor) -> tuple[Tensor, ...]:
+        x = this.encoder(ids, mask)
+        rows = torch.arange(ids.shape[0])
+        return this.out(x)[rows, mask.sum(1) - 1], x[:, -1], x[rows, column]
+
+
+@pytest.mark.parametrize("unpad", ["on", "off"])
+def test_columns_that_are_known_at_run_time(unpad: str) -> None:
+    torch.manual_seed(0)
+    model = LastTokens().eval()
+    ids, mask = call(4, 9)
+    column = torch.tensor([0, -1, 3, -9])
+    compiled = tilewright.compile(model, unpad=unpad)
+    for pattern in ("right", "left", "holes", "empty_row", "full"):
+        given = (*call(4, 9, pattern), column)
+        with torch.no_grad():
+            expected = model(*given)
+        for old, new in zip(expected, compiled(*given), strict=True):
+            real = given[1].any(1)  # a softmax over no key is 0/0
+            torch.testing.assert_close(new[real], old[real], rtol=2e-5, atol=2e-5)
+    assert compiled.stats.eager_steps == 0
+    for outside in (9, -10):
+        column[2] = outside
+        with pytest.raises(IndexError):
+            model(ids, mask, column)
+        with pytest.raises(KernelAssertion, match="outside of the sequence"):
+            compiled(ids, mask, column)
+    column[2] = 8
+    compiled(ids, mask, column)
 
 
 def exported(model: nn.Module) -> torch.export.ExportedProgram:

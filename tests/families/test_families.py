@@ -44,7 +44,7 @@ def compare(rules: dict[str, ErrorRule], outputs: tuple[Any, Any, Any], mask: Te
 
 
 def run_all(model: nn.Module, compiled: CompiledModel, rules: dict[str, ErrorRule], seed: int) -> str:
-    """Runs all patterns; returns "packed" if every call computed its real tokens, plus column 0 where it is kept."""
+    """Runs all patterns; "packed" if every call computed its real tokens, and at most one more place of a sequence."""
     double, generator = in_double(model), torch.Generator().manual_seed(seed)
     state = "packed"
     for pattern in PATTERNS:
@@ -54,10 +54,8 @@ def run_all(model: nn.Module, compiled: CompiledModel, rules: dict[str, ErrorRul
         ours = compiled(**given)
         with torch.no_grad():
             compare(rules, (ours, model(**given), double(**given)), mask)
-        kept = mask.clone()
-        kept[:, 0] = 1
         rows = compiled.stats.rows_computed - before.rows_computed
-        if rows not in (int(mask.sum()), int(kept.sum())):
+        if not 0 <= rows - int(mask.sum()) <= BATCH:
             state = "padded"
         if compiled.stats.fallbacks > before.fallbacks or compiled.stats.eager_steps > before.eager_steps:
             state = "eager" if compiled.stats.fallbacks > before.fallbacks else f"{state}, part eager"

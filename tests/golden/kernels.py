@@ -79,14 +79,14 @@ def attention_padded(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
 
 
 def index(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
-    """The row index of a batch."""
+    """The row index of a batch of which one column is read."""
     body = Body()
     valid = body.input((BATCH, SEQ), torch.int64)
-    node = body.graph.call_function(ops.pack_index.default, (valid, True))
-    shapes = ((TOKENS,), (TOKENS,), (BATCH + 1,), (BATCH,), (BATCH,))
+    node = body.graph.call_function(ops.pack_index.default, (valid, [body.input((BATCH,), torch.int64)]))
+    shapes = ((TOKENS,), (TOKENS,), (BATCH + 1,), (BATCH,), (BATCH,), (1, BATCH))
     kinds = tuple(TensorType(shape, torch.int32) for shape in shapes)
     set_fact(node, TupleType(kinds))
-    outputs = [body.graph.call_function(operator.getitem, (node, place)) for place in range(5)]
+    outputs = [body.graph.call_function(operator.getitem, (node, place)) for place in range(6)]
     for item, kind in zip(outputs, kinds, strict=True):
         set_fact(item, kind)
     return kernel_steps(body, outputs, Anchor.INDEX)

@@ -67,7 +67,7 @@ def test_packed_encoder_layer() -> None:
         ("row", "l{}_norm2"),
     ]
     expected = [
-        ("index", "pack"),
+        ("index", "column pack"),
         ("row", "gather_ids gather_positions word_embedding position_embedding embedding_sum embedding_norm"),
         *((anchor, names.replace("{}", str(i))) for i in range(2) for anchor, names in layer),
         ("row", "scatter"),

@@ -57,8 +57,8 @@ def self_attention(g: GraphBuilder, x: Node, bias: bool, groups: int = 1) -> Nod
         g.call(aten.reshape.default, g.linear(x, name, count * 16, bias), [rows, count, 16])
         for name, count in sizes.items()
     ]
-    packed = g.call(packing.pack_index.default, g.mask(), False, name="pack")
-    index = [g.item(packed, place) for place in range(5)]
+    packed = g.call(packing.pack_index.default, g.mask(), [], name="pack")
+    index = [g.item(packed, place) for place in range(6)]
     offsets = [index[2], index[3], index[4], index[1], index[1]]
     length = g.size(g.input("ids", BATCH, SEQ, dtype=torch.int64), 1)
     options = (None, None, length, length, 0.25, False, -1, -1, 0.0)
@@ -68,7 +68,7 @@ def self_attention(g: GraphBuilder, x: Node, bias: bool, groups: int = 1) -> Nod
 def test_post_norm_layer() -> None:
     g = packed_bert(layers=1, n=N)
     assert regions(g, *g.outputs) == [
-        "pack_index",
+        "full pack_index",
         "gather_rows gather_rows embedding embedding add layer_norm",
         "linear",
         "attention_packed",
@@ -78,7 +78,7 @@ def test_post_norm_layer() -> None:
         "linear add",
         "layer_norm",
         "scatter_rows",
-        "first_rows",
+        "select_rows",
         "linear tanh",
     ]
 

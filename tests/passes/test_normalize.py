@@ -23,6 +23,11 @@ GONE = (
 )  # fmt: skip
 
 
+def _column(x: Tensor) -> Tensor:
+    """A column of each sequence, counted from the end."""
+    return -1 - x[..., 0].argmax(1)
+
+
 class _Model(nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
@@ -76,6 +81,7 @@ RECOGNIZED: dict[str, tuple[Callable[..., Any], str]] = {
         "aten.linear.default",
     ),
     "bias after": (lambda m, x: nn.functional.linear(x, m.matrix.t()) + m.bias[:12], "aten.linear.default"),
+    "column": (lambda _, x: x[torch.arange(x.shape[0]), _column(x)], "tilewright.select_column.default"),
     "attention": (lambda _, x: torch.softmax(x @ x.transpose(1, 2) / 4.0, -1) @ x, "tilewright.attention.default"),
     "capped attention": (
         lambda _, x: torch.softmax(torch.tanh(x @ x.mT * 0.02) * 5.0, -1) @ x, "tilewright.attention.default",
@@ -95,6 +101,12 @@ NOT_RECOGNIZED: dict[str, tuple[Callable[..., Any], str]] = {
     ),
     "softmax over queries": (lambda _, x: torch.softmax(x @ x.mT, 1) @ x, "tilewright.attention.default"),
     "weights returned": (lambda _, x: (w := torch.softmax(x @ x.mT, -1), w @ x), "tilewright.attention.default"),
+    "sequences in another order": (
+        lambda _, x: x[torch.arange(x.shape[0]).flip(0), _column(x)], "tilewright.select_column.default",
+    ),
+    "several columns": (
+        lambda _, x: x[torch.arange(x.shape[0])[:, None], _column(x)[:, None]], "tilewright.select_column.default",
+    ),
     "two computed tensors": (lambda _, x: x @ x.mT, "aten.linear.default"),
 }  # fmt: skip
 
@@ -125,6 +137,9 @@ REWRITTEN: dict[str, Callable[..., Any]] = {
 }
 
 
+COLUMNS = ("argmax", "neg", "add")  # what the column is computed by
+
+
 @pytest.mark.parametrize("kind", RECOGNIZED)
 def test_recognized(kind: str) -> None:
     function, op = RECOGNIZED[kind]
@@ -132,7 +147,7 @@ def test_recognized(kind: str) -> None:
     counts = ops(gm)
     assert counts[op] == 1
     rest = {name: n for name, n in counts.items() if name != op and "sym_size" not in name}
-    views = ("reshape", "permute", "unsqueeze", "squeeze", "select", "slice")
+    views = ("reshape", "permute", "unsqueeze", "squeeze", "select", "slice", *(COLUMNS if kind == "column" else ()))
     assert all(any(view in name for view in views) for name in rest), rest
     _agree(gm, model)
 

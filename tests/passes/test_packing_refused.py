@@ -182,14 +182,21 @@ def shifted_masked_mean(g: Padded) -> Node:
     return blame(g, g.call(aten.sum.dim_IntList, x, [1]))
 
 
-@case("no_mixing_of_places")
-def last_column(g: Padded) -> Node:
-    return blame(g, g.call(aten.select.int, hidden(g), 1, -1))
+@case("column_from_tokens")
+def column_of_the_greatest_feature(g: Padded) -> Node:
+    """Which column is read depends on rows that there are only once it is known."""
+    x = hidden(g)
+    column = g.call(
+        aten.argmax.default, g.call(aten.sum.dim_IntList, g.call(aten.mul.Tensor, x, g.token_mask(N)), [2]), 1
+    )
+    return blame(g, g.call(tw.select_column.default, x, column))
 
 
 @case("no_mixing_of_places")
-def second_column(g: Padded) -> Node:
-    return blame(g, g.call(aten.select.int, hidden(g), 1, 1))
+def one_place_of_each_head(g: Padded) -> Node:
+    """Heads are on the axis of which one place is read."""
+    column = g.call(aten.mul.Tensor, g.call(aten.sum.dim_IntList, g.ids, [1]), 0)
+    return blame(g, g.call(tw.select_column.default, g.heads(hidden(g), 2), column))
 
 
 @case("no_mixing_of_places")
@@ -297,7 +304,7 @@ def one_feature_for_each_column(g: Padded) -> Node:
 
 @case("packed_once")
 def packed_already(g: Padded) -> Node:
-    blame(g, g.call(tw.pack_index.default, g.mask_input, False))
+    blame(g, g.call(tw.pack_index.default, g.mask_input, []))
     rows = g.item(g.culprit, 0)  # type: ignore[attr-defined]
     return g.call(tw.gather_rows.default, g.embed(g.ids, 23, N), rows)
 

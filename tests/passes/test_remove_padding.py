@@ -74,7 +74,7 @@ def test_one_index_one_gather_an_input_one_scatter_an_output(bert: tuple[GraphMo
     assert counts[tw.pack_index.default] == 1
     assert counts[tw.gather_rows.default] == 2
     assert counts[tw.scatter_rows.default] == 1
-    assert counts[tw.first_rows.default] == 1
+    assert counts[tw.select_rows.default] == 1
     assert counts[tw.attention_packed.default] == 2
     assert counts[tw.attention.default] == 0
 
@@ -115,7 +115,7 @@ def test_left_padding_keeps_column_0_as_query_only(bert: tuple[GraphModule, Grap
     ids, _ = inputs_for("full", 2, 5, 0)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     index = next(node for node in bert[1].graph.nodes if node.target is tw.pack_index.default)
-    assert index.args[1] is True
+    assert [column.args[1] for column in index.args[1]] == [0]
     check(*bert, (ids, mask))
     # Column 0 of the first row is masked: the pooler reads it, and what stands there may be anything.
     other = ids.clone()
@@ -128,7 +128,7 @@ def test_without_a_pooler_no_row_is_kept_for_it() -> None:
     g = Padded()
     packed = pack(g.done(encoder(g, 1)))
     index = next(node for node in packed.graph.nodes if node.target is tw.pack_index.default)
-    assert index.args[1] is False
+    assert index.args[1] == []
 
 
 def test_nan_in_pad_rows_reaches_nothing() -> None:
@@ -189,6 +189,28 @@ def _first_of_heads(g: Padded, x: Node) -> Node:
     return g.call(aten.select.int, g.heads(x, 2), 2, 0)
 
 
+def _last_column(g: Padded, x: Node) -> Node:
+    return g.call(aten.select.int, x, 1, -1)
+
+
+def _last_token(g: Padded, x: Node) -> Node:
+    """Of an empty row column -1, the last one; with left padding a place that may be masked."""
+    count = g.call(aten.sum.dim_IntList, g.mask_input, [1])
+    return g.call(tw.select_column.default, x, g.call(aten.sub.Tensor, count, 1))
+
+
+def _rightmost_id(g: Padded, x: Node) -> Node:
+    """The last id that is not the smallest one, masked or not, and column 0 beside it."""
+    real = g.call(torch.ops.prims.convert_element_type.default, g.call(aten.ne.Scalar, g.ids, 0), torch.int64)
+    places = g.call(aten.mul.Tensor, real, g.call(aten.arange.start_step, 0, g.length, 1))
+    column = g.call(aten.argmax.default, places, 1)
+    return g.call(aten.add.Tensor, g.call(tw.select_column.default, x, column), g.first(x))
+
+
+def _second_column(g: Padded, x: Node) -> Node:
+    return g.call(aten.slice.Tensor, g.encoder_layer(x, causal=True), 1, 1, 2)
+
+
 def _convolved(g: Padded, x: Node) -> Node:
     masked = g.call(aten.permute.default, g.call(aten.mul.Tensor, x, g.token_mask(24)), [0, 2, 1])
     mixed = g.call(aten.convolution.default, masked, g.weight("kernel", 24, 24, 3), None, [1], [1], [1], False, [0], 1)
@@ -214,6 +236,10 @@ ACCEPTED = {
     "max pooling": _pooled("max_pooled"),
     "first column, axis kept": _first_slice,
     "first column of heads": _first_of_heads,
+    "last column": _last_column,
+    "last token": _last_token,
+    "right-most id and first column": _rightmost_id,
+    "second column, behind causal attention, axis kept": _second_column,
     "convolution of masked tokens": _convolved,
     "heads": _per_head_output,
     "flat tokens": _flat,

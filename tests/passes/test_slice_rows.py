@@ -67,8 +67,7 @@ def test_a_value_that_keys_read_stays_whole() -> None:
     """Column 0 is read behind the last layer and behind the one before, whose rows are keys of the last."""
     g = packed_bert(layers=2)
     named = {node.name: node for node in g.graph.nodes}
-    offsets = next(node for node in named["pack"].users if node.args[1] == 2)
-    early = g.call(tw.first_rows.default, named["l0_norm2"], offsets, name="early")
+    early = g.call(tw.select_rows.default, named["l0_norm2"], named["rows"], name="early")
     gm, record = sliced(g, g.call(aten.add.Tensor, early, g.outputs[1], name="both"))
     assert rows(gm, tw.attention_packed.default) == [TOKENS, BATCH]
     assert list(record.reasons) == ["l1_attention_rows"]
@@ -103,6 +102,36 @@ def test_compiled_classifier_obeys_the_error_rule(seed: int) -> None:
     (variant,) = compiled.variants.values()
     (record,) = (record for record in variant.compiled.records if record.name == "slice_rows")
     assert record.counts["attention"] == 1
+
+
+def test_compiled_classifier_reads_the_last_token() -> None:
+    """The last id that is no padding: behind right and left padding a key, in other masks a row kept for it."""
+    import transformers as hf
+
+    small = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 112}
+    torch.manual_seed(0)
+    config = hf.Qwen3Config(vocab_size=99, num_labels=5, num_key_value_heads=2, head_dim=12, pad_token_id=0, **small)
+    model = hf.Qwen3ForSequenceClassification(config).eval()
+    double, compiled = in_double(model), tilewright.compile(model, unpad="on")
+    rule, generator = ErrorRule(), torch.Generator().manual_seed(1)
+    for pattern in ("full", "right", "left", "holes", "empty_row", "one_token"):
+        mask: Tensor = masks(5, 37, pattern, generator)
+        ids = torch.randint(1, 99, (5, 37), generator=generator)
+        if pattern != "holes":  # where ids stand at masked places too, the last of them may be masked
+            ids = ids * mask
+        with torch.no_grad():
+            eager, wide = model(ids, attention_mask=mask).logits, double(ids, attention_mask=mask).logits
+        kept = mask.any(dim=1)  # a query without a key: torch gives the mean of all values, the op zeros
+        rule.add(compiled(ids, attention_mask=mask).logits[kept], eager[kept], wide[kept])
+    rule.check()
+    assert compiled.stats.eager_steps == 0
+    (variant,) = compiled.variants.values()
+    graph = variant.compiled.graph
+    (record,) = (record for record in variant.compiled.records if record.name == "slice_rows")
+    assert record.counts["attention"] == 1
+    bodies = [module for module in graph.modules() if isinstance(module, GraphModule)]
+    # Of the last layer, keys and values alone see all tokens; queries, output, gate, up, down and the head do not.
+    assert sum(rows(body, aten.linear.default).count(BATCH) for body in bodies) == 6
 
 
 def test_nothing_to_do_without_packing() -> None:

@@ -111,8 +111,8 @@ def _(gm: GraphModule) -> Node:
     mask = next(node for node in gm.graph.nodes if node.target == "attention_mask")
     offsets = insert(gm, aten.sum.dim_IntList, (mask, [1]), TensorType((BATCH,), torch.int64))
     type_ = type_of(returned(gm))
-    rows = TensorType((BATCH - 1, *type_.shape[1:]), type_.dtype)
-    return return_instead(gm, insert(gm, tw.first_rows.default, (returned(gm), offsets), rows))
+    rows = TensorType((BATCH, *type_.shape[1:]), type_.dtype)
+    return return_instead(gm, insert(gm, tw.select_rows.default, (returned(gm), offsets), rows))
 
 
 @breaks("score_tables", Level.NORMALIZED)
@@ -207,7 +207,7 @@ def _(gm: GraphModule) -> Node:
 @breaks("queries_placed", Level.PACKED)
 def _(gm: GraphModule) -> Node:
     attention = first(gm, tw.attention_packed.default)
-    attention.update_arg(3, attention.args[4])
+    attention.update_arg(6, attention.args[4])
     return attention
 
 
@@ -245,10 +245,17 @@ def _(gm: GraphModule) -> Node:
     return return_also(gm, insert(gm, one.target, (one, *one.args[1:]), type_of(one), PACKED))
 
 
-@breaks("first_column_kept", Level.PACKED)
+@breaks("rows_of_columns", Level.PACKED)
 def _(gm: GraphModule) -> Node:
-    first(gm, tw.pack_index.default).update_arg(1, False)
-    return first(gm, tw.first_rows.default)
+    select = first(gm, tw.select_rows.default)
+    rows = select.args[1]
+    with gm.graph.inserting_before(select):
+        other = gm.graph.call_function(aten.neg.default, (rows,))
+    set_fact(other, type_of(rows))  # type: ignore[arg-type]
+    set_fact(other, Layout(LayoutKind.PER_SEQUENCE, 0))
+    set_fact(other, Origin("test.py:1 neg"))
+    select.update_arg(1, other)
+    return select
 
 
 @breaks("tokens_not_mixed", Level.PACKED)

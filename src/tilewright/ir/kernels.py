@@ -16,6 +16,7 @@ class KernelSource:
             pointer that is always a multiple of 16 bytes is written ``*fp32:16``.
         constexprs: compile-time parameters and their values.
         num_warps, num_stages: launch options that matter on GPUs.
+        asserts: it stops itself where a ``tl.device_assert`` in it does not hold; else these are left out.
         origin: for readers, which nodes and source lines of the model it computes, a line each. Not part of identity:
             identity: regions of equal structure have equal kernels wherever they stand in the model.
     """
@@ -27,6 +28,7 @@ class KernelSource:
     constexprs: tuple[tuple[str, int | float | bool | str], ...] = ()
     num_warps: int = 4
     num_stages: int = 1
+    asserts: bool = False
     origin: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -44,7 +46,8 @@ class BuiltKernel:
         address: entry point of the native code on the CPU, in the kernel ABI of ``docs/kernels.md``.
         params: runtime parameters in the order of the argument slots.
         keepalive: owner of the code; the address is valid while it lives.
-        stops: built in checked mode: it has one more slot, the address of a ``tilewright.ir.stops.MemoryTable``.
+        stops: it asserts something, or was built in checked mode: it has one more slot, the address
+            of a ``tilewright.ir.stops.MemoryTable``.
     """
 
     source: KernelSource

@@ -103,6 +103,7 @@ register(aten.sum.dim_IntList, Traits(Flow.REDUCE, axes_arg=1, reduce="sum"))
 register(aten.mean.dim, Traits(Flow.REDUCE, axes_arg=1, reduce="mean"))
 register(aten.amax.default, Traits(Flow.REDUCE, axes_arg=1, reduce="max"))
 register(aten.amin.default, Traits(Flow.REDUCE, axes_arg=1, reduce="min"))
+register(aten.argmax.default, Traits(Flow.REDUCE, axes_arg=1, reduce="argmax"))
 
 for _target in (
     aten.reshape.default,

@@ -164,7 +164,8 @@ def attention_packed_reference(
         cu_seqlens_q: [B + 1] int32, first query row of each sequence; the last entry is Tq.
         key_start: [B] int32, first packed row that is a valid key of each sequence.
         seqlens_k: [B] int32, number of valid keys; they are contiguous from ``key_start``.
-        slots_q: [Tq] int32, column each query had in the padded batch, rising within a sequence.
+        slots_q: [Tq] int32, column each query had in the padded batch. Queries that are rows of the row index come in
+            its order: those that are no keys first, then the keys, whose slots rise.
         slots_k: [T] int32, the same of keys; causal order and windows are on slots.
         bias: broadcastable to [B, Hq, S, S], indexed by slots.
         sinks: [Hq].
@@ -174,6 +175,7 @@ def attention_packed_reference(
         query_index, key_index: [S, S], indexed by slots.
         uniform_pads: a query that stands before the first key of its sequence, at row ``key_start - 1`` of k and v,
             weighs S values alike: those of all keys, and its own for each of the S - ``seqlens_k`` places without one.
+            A query that is no row of the row index must, where it is no key, have a slot before those of all keys.
         Others as in ``attention``.
 
     Returns:

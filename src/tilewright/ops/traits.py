@@ -18,6 +18,7 @@ class Flow(Enum):
     ROUTE = "route"  # tables of the rows that each weight of a GROUPED op has
     LOOKUP = "lookup"  # embedding(table, ids): the axes of ids flow, one new last axis
     REDUCE = "reduce"  # reduces the axes named by ``axes_arg``; the others flow
+    COLUMN = "column"  # one place of each sequence: of input 0, axis 1 is gone and all others flow
     VIEW = "view"  # moves elements without computing; each has a rule of its own
     ATTENTION = "attention"  # mixes the tokens of one sequence, given which keys are valid
     CREATE = "create"  # makes a tensor from sizes (arange, full)
@@ -41,7 +42,7 @@ class Traits:
         shape_arg: for LAST_AXIS, position of the argument that lists the sizes of the trailing axes worked on.
         row_args: for LAST_AXIS and GROUPED, positions of the operands with a row for each row of the result; their
             leading axes are the result's. Other operands are the same for all rows.
-        reduce: for REDUCE, "sum", "mean", "max", "min", "any", "all".
+        reduce: for REDUCE, "sum", "mean", "max", "min", "argmax", "any", "all".
         zero_preserving: f(0) = 0 for a pointwise op of one tensor.
         absorbs_zero: for POINTWISE, one operand that is 0 makes the result 0, whatever finite value the others have.
         choose: for POINTWISE, (condition, value where it holds, value where not) as positions of arguments.
