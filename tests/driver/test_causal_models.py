@@ -33,6 +33,10 @@ def test_generate_is_that_of_transformers() -> None:
         expected = model.generate(ids, attention_mask=mask, **GREEDY, **options)  # type: ignore[operator]
         assert torch.equal(compiled.generate(ids, attention_mask=mask, **GREEDY, **options), expected)
     assert compiled.generator is compiled.generator
+    alone = model.generate(ids[2:], **GREEDY)  # type: ignore[operator]
+    assert list(compiled.submit(ids[2], **GREEDY)) == alone[0, ids.shape[1] :].tolist()
+    draft = tilewright.compile(build("llama", seed=1), opt_level=1)
+    assert torch.equal(compiled.generate(ids[2:], assistant_model=draft, **GREEDY), alone)
 
 
 def test_a_file_generates_what_its_weights_say(file: Path) -> None:

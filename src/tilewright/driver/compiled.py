@@ -17,10 +17,12 @@ from tilewright.driver.steps import StepModel, compile_steps
 from tilewright.errors import CacheRefused, CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.ir.program import EagerStep
+from tilewright.ir.steps import CachedModel
 from tilewright.models.capture import capture, cast_copy, check_model, default_signature
 from tilewright.models.export import model_line
 from tilewright.models.gguf_model import GgufModel, dense_model
 from tilewright.models.inputs import CallSignature, bind, example_inputs, other_sizes, signature_of
+from tilewright.runtime.request import Request
 from tilewright.runtime.stats import Stats
 
 if TYPE_CHECKING:
@@ -149,6 +151,19 @@ class CompiledModel:
             OptionError, InputError, ValueError: as of ``TextGenerator.generate``.
         """
         return self.generator.generate(*args, **kwargs)
+
+    def submit(self, *args: Any, **kwargs: Any) -> Request:
+        """Queues one prompt for continuous batching: ``TextGenerator.submit``.
+
+        Raises:
+            As of ``generate``.
+        """
+        return self.generator.submit(*args, **kwargs)
+
+    @property
+    def cached_model(self) -> CachedModel:
+        """What computes when text is generated; so a compiled model serves as ``assistant_model`` of another."""
+        return self.generator.cached_model
 
     @property
     def generator(self) -> TextGenerator:
