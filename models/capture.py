@@ -90,7 +90,7 @@ def check_model(model: Any) -> None:
         raise CaptureError(
             "this is no model",
             why=f"it is {kind}",
-            hint="give a transformers model, a torch.nn.Module, an ExportedProgram or an fx.GraphModule",
+            hint="give a transformers model, a torch.nn.Module, an ExportedProgram, an fx.GraphModule or a .gguf file",
         )
     if getattr(model, "training", False) and not isinstance(model, GraphModule):
         raise CaptureError(

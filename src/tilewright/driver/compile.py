@@ -116,7 +116,7 @@ def compile(
     """
     folder = Path(cache_dir) if cache_dir else None
     options = CompileOptions(dtype, opt_level, unpad, target, gemm, folder, tuple(without), activations, kv_dtype)
-    if isinstance(model, str | Path):
+    if isinstance(model, str | Path) and Path(model).suffix == ".gguf":
         stored = load_gguf(model)
         return CompiledModel(stored.model, options, stored=stored)
     if is_pipeline(model):
