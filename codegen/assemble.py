@@ -111,7 +111,7 @@ class _Assembler:
         if not isinstance(body, GraphModule):
             raise CodegenError(f"'{node.target}' is no region", where=where(node))
         inputs = tuple(self.views[source] for source in node.args if source in self.views)  # type: ignore[index]
-        call = RegionCall(node.name, body, fact(node, Region), inputs, self._results(node))
+        call = RegionCall(node.name, body, fact(node, Region), inputs, self._results(node, body))
         self.steps += self._steps_of(call, find_fact(node, GemmTable) or find_fact(node, AttentionTable))
         for user in node.users:
             result, shape = call.outputs[int(user.args[1])], fact(user, TensorType).shape  # type: ignore[arg-type]
@@ -119,7 +119,7 @@ class _Assembler:
         if call.region.anchor is Anchor.INDEX:
             self._read_tokens(call)
 
-    def _results(self, node: Node) -> tuple[View, ...]:
+    def _results(self, node: Node, body: GraphModule) -> tuple[View, ...]:
         """A new value for each result of a region: in the arena, or fresh when the graph returns it."""
         names = {int(user.args[1]): user.name for user in node.users}  # type: ignore[arg-type]
         views = []
@@ -129,8 +129,7 @@ class _Assembler:
             shape = kind.shape
             if fact(node, Region).anchor is Anchor.INDEX:
                 # Memory is laid out before T is read, so what has T rows gets room for all B * S.
-                padded = padded_rows(self.gm.get_submodule(str(node.target)))
-                shape = tuple(padded if size == TOKENS else size for size in shape)
+                shape = tuple(padded_rows(body) if size == TOKENS else size for size in shape)
             name = names.get(place, f"{node.name}_{place}")
             index = self.builder.new_value(name, storage, kind.dtype, shape if returned is None else returned)
             views.append(View(index, shape, contiguous_strides(shape)))

@@ -57,7 +57,7 @@ def test_what_fails_is_named_and_the_rest_goes_on(workers: ModuleType) -> None:
         numpy.testing.assert_array_equal(running["fine"].result(INPUTS), [[0.5, 1.5]])
         for name in ("dies", "hangs", "raises"):
             numpy.testing.assert_array_equal(running[name].result(INPUTS), INPUTS["x"])
-        seconds, failed = workers.in_turn(running, INPUTS, rounds=2, limit=1.5)
+        seconds, failed = workers.in_turn(running, INPUTS, rounds=2, limit=5.0)  # a busy machine may stall for seconds
         assert list(seconds) == ["fine"]
         assert seconds["fine"] > 0
         assert failed["dies"] == "its process died, exit code 3"

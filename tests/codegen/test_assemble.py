@@ -76,7 +76,7 @@ def test_row_index_has_room_for_a_full_batch() -> None:
     spec = assembled(g, *g.outputs)
     index = next(step for step in spec.steps if isinstance(step, EagerStep))
     shapes = [spec.values[value].shape for value in index.writes]
-    assert shapes == [(BATCH * SEQ,), (BATCH * SEQ,), (BATCH + 1,), (BATCH,), (BATCH,)]
+    assert shapes == [(BATCH * SEQ,), (BATCH * SEQ,), (BATCH + 1,), (BATCH,), (BATCH,), (1, BATCH)]
     ids, mask = g.example
     full = run(spec, ids, torch.ones_like(mask))
     assert full[0].shape == (7, 13, 32)

@@ -291,7 +291,8 @@ def test_selected_queries_with_tables_of_which_some_are_pads(form: str) -> None:
     if form == "long":
         return
     valid = torch.stack([torch.arange(90) >= n for n in (0, 1, 60, 90, 0)])
-    row_index, slots, cu_seqlens, key_start, seqlens_k = ops.pack_index(valid, True)
+    column = torch.zeros(5, dtype=torch.int64)
+    row_index, slots, _, key_start, seqlens_k, rows_of = ops.pack_index(valid, [column])
     body = Body()
     q, k, v = body.input((BATCH, 2, 24)), body.input((TOKENS, 2, 24)), body.input((TOKENS, 2, 24))
     index = [body.input((BATCH + 1,), torch.int32)] + [body.input((BATCH,), torch.int32) for _ in range(3)]
@@ -302,7 +303,7 @@ def test_selected_queries_with_tables_of_which_some_are_pads(form: str) -> None:
     out = body.call(ops.attention_packed.default, q, k, v, *index, *options)
     rows = torch.randn(2, row_index.shape[0], 2, 24)
     tensors = [torch.randn(5, 2, 24), *rows, torch.arange(6, dtype=torch.int32), key_start, seqlens_k]
-    tensors += [slots[cu_seqlens[:-1].long()], slots, torch.randn(5, 2, 7), torch.randint(0, 7, (90, 90))]
+    tensors += [slots[rows_of[0].long()], slots, torch.randn(5, 2, 7), torch.randint(0, 7, (90, 90))]
     tensors += [torch.randn(row_index.shape[0], 2, 9), torch.randint(0, 9, (90, 90))]
     sizes = {BATCH: 5, SEQ: 90, TOKENS: row_index.shape[0]}
     assert_matches(body.module(out), tensors, sizes, 3e-6, anchor=Anchor.ATTENTION, variant=variant_of(form, 90))

@@ -63,7 +63,8 @@ def test_packed_is_padded_where_masked_places_hold_the_same() -> None:
     given = _operands(*VALID.shape)
     for name in ("q", "k", "v", "query_table", "key_table"):
         given[name] = torch.where(VALID[:, None, :, None], given[name], given[name][:, :, 2:3].flip(0))
-    row_index, slots, *offsets = ops.pack_index(VALID, True)
+    column = torch.zeros(VALID.shape[0], dtype=torch.int64)
+    row_index, slots, *offsets, _ = ops.pack_index(VALID, [column])
 
     def rows(x: Tensor) -> Tensor:
         packed: Tensor = ops.gather_rows(x.transpose(1, 2), row_index)
