@@ -9,6 +9,7 @@ llama.cpp is ``llama-cpp-python``, which its package builds from source: ``pip i
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -45,8 +46,11 @@ def _generating(model: Any, source: Any) -> Run:
     source.generation_config.eos_token_id = None
     generate: Callable[..., torch.Tensor] = model.generate
 
+    calls = itertools.count()
+
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        ids, new = batch["input_ids"], int(batch["new"])
+        # Another prompt in each call, or what an engine remembers of the one before would be timed.
+        ids, new = batch["input_ids"] + next(calls), int(batch["new"])
         options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
         return generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
 
@@ -81,9 +85,11 @@ def llama_cpp() -> Run:
 
     model = Llama(model_file(), n_ctx=1024, n_threads=THREADS, n_threads_batch=THREADS, n_batch=512, verbose=False)
 
+    calls = itertools.count()
+
     def run(batch: dict[str, torch.Tensor]) -> numpy.ndarray:
         rows = []
-        for prompt in batch["input_ids"].tolist():
+        for prompt in (batch["input_ids"] + next(calls)).tolist():
             model.reset()
             model.eval(prompt)
             tokens = [model.sample(temp=0.0)]
@@ -138,6 +144,8 @@ def bench(names: list[str], rounds: int, report: Callable[[dict[str, Any]], None
     makes = {name: CONTENDERS[name][1] for name in names}
     with started({"reference": partial(transformers, torch.float32), "bandwidth": bandwidth, **makes}) as found:
         workers, failed = found
+        if why := failed.get("reference"):
+            raise SystemExit(f"the reference cannot run: {why}; the extra bench has the model's packages")
         expected = workers.pop("reference").result(prompt("decode", DECODED))[0]
         memory = float(workers.pop("bandwidth").result({})[0])
         for name, why in failed.items():
