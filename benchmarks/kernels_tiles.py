@@ -153,7 +153,7 @@ def lines() -> Iterator[Line]:
     if vectors.bf16_dot:
         steps["bf16"] = bf16_step(vectors)
     if vectors.int8_dot:
-        steps["i8"] = int8_step(vectors)
+        steps["i8"] = int8_step(vectors, b_positive=False)
     buffer = torch.zeros(1 << 17)
     for dtype, step in steps.items():
         yield from _lines(dtype, "vectors", vectors, bare_loop(step, vectors, buffer), buffer)

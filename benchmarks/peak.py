@@ -25,7 +25,7 @@ def peak(precision: str) -> float | None:
     steps = {
         "fp32": lambda: fma_step("f32", "f32", target),
         "bf16": lambda: bf16_step(target),
-        "int8": lambda: int8_step(target),
+        "int8": lambda: int8_step(target, b_positive=False),
     }
     threads = torch.get_num_threads()
     buffers = [torch.zeros(1 << 12) for _ in range(threads)]  # the loops hold addresses only
