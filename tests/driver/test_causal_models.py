@@ -10,7 +10,7 @@ from tests.decoders.models import VOCAB, build
 from tests.models.gguf_files import COMMON, tiny_model, write_model
 
 import tilewright
-from tilewright.errors import CacheRefused, OptionError
+from tilewright.errors import CacheRefused, InputError, OptionError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
@@ -65,6 +65,18 @@ def test_what_cannot_generate_says_why() -> None:
     config = hf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
     with pytest.raises(CacheRefused, match="no language model"):
         tilewright.compile(hf.BertModel(config).eval()).generate(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_the_oracle_has_no_steps() -> None:
+    with pytest.raises(CacheRefused, match="opt_level=0"):
+        tilewright.compile(build("gpt2", seed=0), opt_level=0).generate(torch.ones(1, 3, dtype=torch.long))
+
+
+def test_commands_that_need_weights_refuse_a_file(file: Path) -> None:
+    from tilewright.cli import work
+
+    with pytest.raises(InputError, match="GGUF"):
+        work.inspect_model(str(file), 2, "auto", "auto", None, quiet=True)
 
 
 @pytest.mark.parametrize("options", [{"kv_dtype": "int3"}, {"activations": "int3"}])

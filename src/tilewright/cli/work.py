@@ -35,12 +35,29 @@ def progress_bar(quiet: bool) -> Progress:
     return Progress(*columns, console=err, transient=True, disable=quiet)
 
 
+def open_model(name: str) -> Loaded:
+    """Opens a model that has weights of its own.
+
+    Raises:
+        InputError: there is no such model, or it is a GGUF file, whose weights only ``generate`` reads.
+    """
+    loaded = load_model(name)
+    if loaded.stored is not None:
+        raise InputError(
+            "this command does not take GGUF files",
+            where=name,
+            why="their weights stay in the file as they are stored",
+            hint="use 'tilewright generate', or tilewright.compile(path) in Python",
+        )
+    return loaded
+
+
 def compile_model(
     name: str, opt_level: int, unpad: str, gemm: str, dtype: str | None, *, quiet: bool
 ) -> tuple[Loaded, CompiledModel, float]:
     """Opens and compiles; returns the model, the compiled model and the seconds compiling took."""
     options = CompileOptions(parse_dtype(dtype), opt_level, unpad, "auto", gemm)
-    loaded = load_model(name)
+    loaded = open_model(name)
     start = time.perf_counter()
     with progress_bar(quiet) as bar:
         task = bar.add_task("capturing", total=None)
@@ -134,7 +151,7 @@ class Inspection:
 
 def inspect_model(name: str, opt_level: int, unpad: str, gemm: str, dtype: str | None, *, quiet: bool) -> Inspection:
     """Compiles with an observer that keeps each pass's diff."""
-    loaded = load_model(name)
+    loaded = open_model(name)
     diffs = GraphDiffs()
     options = CompileOptions(parse_dtype(dtype), opt_level, unpad, "auto", gemm)
     compiled = CompiledModel(loaded.model, options, observers=(diffs,))
@@ -157,7 +174,7 @@ def export_model(name: str, file_format: str, level: str, out_file: Path | None,
         raise OptionError(f"format {file_format!r} is not a choice", hint="choose onnx, json, dot or graphml")
     if file_format == "onnx" and Level[level.upper()] not in (Level.NORMALIZED, Level.PACKED):
         raise OptionError(f"an ONNX file is not made from level {level}", hint="use --level packed or normalized")
-    gm = graph_at(load_model(name).model, Level[level.upper()], unpad, dtype)
+    gm = graph_at(open_model(name).model, Level[level.upper()], unpad, dtype)
     path = out_file or Path(f"{Path(name).stem or 'model'}.{file_format}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -108,10 +108,16 @@ def compile_steps(
         observers, progress: as of ``compile_graph``.
 
     Raises:
-        CacheRefused: it is no causal model that can go on from a cache; says at which node.
+        CacheRefused: it is no causal model that can go on from a cache, with the node; or ``opt_level`` is 0.
     """
     from tilewright.driver.compile import compile_graph
 
+    if options.opt_level == 0:
+        raise CacheRefused(
+            "there are no steps at opt_level=0",
+            why="that level runs the model's own operations, which know no pages",
+            hint="choose opt_level 1, 2 or 3",
+        )
     cache = AddCache(page_size, options.pages_dtype)
     ids = torch.ones((1, 3), dtype=torch.int64)
     call = {cache.tokens: ids, "attention_mask": ids, cache.positions: ids, "use_cache": False}
