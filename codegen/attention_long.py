@@ -7,8 +7,9 @@ every sequence is a problem of its own length. Source: the long form of ByteTran
 
 import sympy
 
+from tilewright.codegen.attention_heads import LEAST_DOT
 from tilewright.codegen.attention_problem import AttentionProblem
-from tilewright.codegen.attention_tile import LEAST_DOT, AttentionTile, Place
+from tilewright.codegen.attention_tile import AttentionTile, Place
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.index import Index, constant, linear

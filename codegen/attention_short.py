@@ -5,8 +5,9 @@ values are computed from is computed once. Tiles come in a few widths, and each 
 keys. Source: the short form of ByteTransformer's fused attention.
 """
 
+from tilewright.codegen.attention_heads import LEAST_DOT
 from tilewright.codegen.attention_problem import AttentionProblem
-from tilewright.codegen.attention_tile import LEAST_DOT, AttentionTile, Place
+from tilewright.codegen.attention_tile import AttentionTile, Place
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.results import needed_nodes

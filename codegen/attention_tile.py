@@ -12,21 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from tilewright.codegen.attention_heads import head_axis, head_block, store_attention
 from tilewright.codegen.attention_problem import AttentionProblem
 from tilewright.codegen.attention_scores import LOG2_E, AttentionScores, Place
-from tilewright.codegen.columns import define_columns, next_power_of_2
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.evaluate import Evaluator
-from tilewright.codegen.index import Index, linear, reshape, same_count, variable, without_ones
+from tilewright.codegen.index import Index
 from tilewright.codegen.nodes import literal
-from tilewright.codegen.results import peel, store
 from tilewright.codegen.writer import KernelWriter, Register, Var
-from tilewright.errors import CodegenError
-from tilewright.ir.facts import TensorType, fact, where
-from tilewright.ir.sizes import contiguous_strides
-
-LEAST_DOT = 16
-"""Smallest side of a tile of ``tl.dot``."""
 
 _NAMES = (
     *("tile", "head", "sequence", "top", "are_keys", "key_first", "key_last", "last_query", "rows", "row_mask", "d"),
@@ -171,16 +164,12 @@ class AttentionTile(AttentionScores):
     def head_axis(self, name: str) -> Index:
         """The variable along axis 1 over the size of a head: "d" of queries and keys, "dv" of values; equal ones are
         one variable."""
-        writer = self.writer
         size = self.problem.size if name == "d" else self.problem.value_size
-        name = writer.column_names.setdefault(size, name)
-        if name in writer.variables:
-            return variable(name, size)
-        return define_columns(writer, name, size, max(LEAST_DOT, next_power_of_2(size)))
+        return head_axis(self.writer, name, size)
 
     def head_block(self, size: int) -> str:
         """Name of the constant that is the width of a tile of heads of this size."""
-        return f"BLOCK_{self.writer.column_names[size].upper()}"
+        return head_block(self.writer, size)
 
     # Tiles
 
@@ -293,23 +282,6 @@ class AttentionTile(AttentionScores):
 
     def store(self, place: Place, row: Index) -> None:
         """Evaluates what follows the attention on its tile, ``attention`` in the text, and stores it."""
-        anchor, problem = self.problem.anchor, self.problem
-        shape = fact(anchor, TensorType).shape
-        dv = self.head_axis("dv")
+        problem, dv = self.problem, self.head_axis("dv")
         index = (row, place.head, dv) if problem.packed else (place.sequence, row, place.head, dv)
-        strides = contiguous_strides(shape)
-        position = linear(index, strides)
-        here = without_ones(index, shape)
-
-        def attention(at: tuple[Index, ...]) -> Register:
-            if linear(at, strides) != linear(here, strides):
-                raise CodegenError("an epilogue needs elements of other tiles", where=where(anchor))
-            return Register("attention", problem.compute, position.deps)
-
-        self.evaluator.bindings[anchor] = attention
-        for node, view in problem.results:
-            result = peel(node, view, problem.inputs)
-            if result.scatter is not None or not same_count(result.shape, shape):
-                raise CodegenError("a result of an attention region has another shape", where=where(node))
-            value = self.evaluator.value(result.node, reshape(here, result.shape, shape))
-            store(self.writer, view, fact(result.node, TensorType).dtype, position, value)
+        store_attention(self.evaluator, problem.anchor, problem.results, problem.inputs, problem.compute, index)
