@@ -21,6 +21,9 @@ _VIEWS = frozenset({"aten.permute.default", "aten.unsqueeze.default", "aten.sque
 class FoldConstants(Pass):
     """Computes calls whose operands are all constants, where the result is a view of one, small, or no larger than one.
 
+    Numbers that the graph makes itself (``arange``, ``full``) are constants where floats are computed from them, as the
+    slopes of heads are. Of integers and bools masks are made, which are proved by their formulas.
+
     Weights are read when the model is compiled: a change of them afterwards is seen through views, not through what is
     computed here.
     """
@@ -42,14 +45,13 @@ def _fold(rw: Rewriter, node: Node) -> bool:
     if node.op != "call_function" or find_fact(node, TensorType) is None or find_fact(node, TupleType) is not None:
         return False
     operands = node.all_input_nodes
-    flow = traits_of(node.target).flow
-    if not operands or any(n.op != "get_attr" for n in operands) or flow in (Flow.OTHER, Flow.LOOKUP, Flow.ATTENTION):
+    if not operands or not all(n.op == "get_attr" or _is_made(n) for n in operands) or not _folds(node):
         return False
     shape = shape_of(node)
     if not all(isinstance(size, int) for size in shape):
         return False
     numel = torch.Size(shape).numel()
-    values = {n: get_tensor(rw.gm, n) for n in operands}
+    values = {n: n.target(*n.args, **n.kwargs) if _is_made(n) else get_tensor(rw.gm, n) for n in operands}  # type: ignore[operator]
     if any(value.is_meta for value in values.values()):
         return False  # contents come later, under the name they have now
     most = max(value.nbytes for value in values.values())
@@ -62,6 +64,22 @@ def _fold(rw: Rewriter, node: Node) -> bool:
         )
     rw.replace(node, rw.constant(node, result))
     return True
+
+
+def _is_made(node: Node) -> bool:
+    """Whether it is a small tensor of fixed numbers."""
+    if node.op != "call_function" or traits_of(node.target).flow is not Flow.CREATE or node.all_input_nodes:
+        return False
+    return torch.Size(shape_of(node)).numel() <= _SMALL  # type: ignore[arg-type]
+
+
+def _folds(node: Node) -> bool:
+    """Whether it may be computed ahead, where all its operands are constants."""
+    flow = traits_of(node.target).flow
+    pointwise = flow is Flow.POINTWISE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if any(n.op != "get_attr" for n in node.all_input_nodes):
+        return pointwise and fact(node, TensorType).dtype.is_floating_point
+    return pointwise or flow not in (Flow.OTHER, Flow.LOOKUP, Flow.ATTENTION)
 
 
 def _fold_uniform(rw: Rewriter, node: Node) -> bool:

@@ -140,7 +140,10 @@ class _Analysis:
         # Token features given by the caller: one gather at the very start packs all that follows.
         features = type_.dtype.is_floating_point and len(type_.shape) > 2
         packed = None not in axes and (features or node.target in self.token_inputs)
-        return Layout(_PACKED, *axes) if packed and self.validity is not None else self._unpacked(node, axes)
+        layout = Layout(_PACKED, *axes)
+        if not packed or self.validity is None or symbols_in(packed_type(type_, layout).shape[1:]):
+            return self._unpacked(node, axes)
+        return layout
 
     # Helpers -------------------------------------------------------------------------------------------------------
 
@@ -361,21 +364,12 @@ class _Analysis:
             if not (same_size(shape[0], BATCH) and same_size(shape[2], SEQ)):
                 why = f"its {name} have shape {tuple(map(str, shape))}, not one row for each place of [B, S]"
                 raise NotPackable("attention_over_itself", where(node), why)
-        self._check_bias(node, bias, sinks)
-        return Layout(_PACKED, 0, 1)
-
-    def _check_bias(self, node: Node, bias: Node | None, sinks: Node | None) -> None:
         if sinks is not None and (self.layouts[sinks].kind is _PACKED or symbols_in(shape_of(sinks))):
             raise NotPackable("sinks_are_fixed", where(node), f"its sinks '{sinks.name}' differ between sequences")
-        if bias is None:
-            return
-        if self.layouts[bias].kind is _PACKED:
-            why = f"its bias '{bias.name}' is computed from packed tokens"
-            raise NotPackable("bias_from_tokens", where(node), why)
-        shape = shape_of(bias)
-        if len(shape) == 4 and not same_size(shape[0], 1):
-            why = f"its bias '{bias.name}' differs between sequences: a mask that is not only key validity"
-            raise NotPackable("bias_for_all_sequences", where(node), why)
+        if bias is not None and self.layouts[bias].kind is _PACKED and bias.op != "placeholder":
+            # A bias stays padded, and is read at kept queries and real keys alone: other places may hold any number.
+            self.padded_again.add(bias)
+        return Layout(_PACKED, 0, 1)
 
 
 def _unknown(node: Node) -> _Mixes:

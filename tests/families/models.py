@@ -74,6 +74,7 @@ FAMILIES = {
         },
         ("base",),
     ),
+    "bloom": Family("Bloom", {**_SIZES, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "qwen3": Family("Qwen3", {**_COMMON, **_SEVERAL, "num_key_value_heads": 2, "head_dim": 8}),
 }
 

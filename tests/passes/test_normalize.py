@@ -197,6 +197,19 @@ def test_folded_constants_take_no_more_memory_than_their_operands() -> None:
     assert isinstance(scaled.args[1], float)
 
 
+def test_slopes_of_heads_are_constants() -> None:
+    """Floats made of numbers of the graph itself are; integers, of which masks are made, keep their formulas."""
+
+    def model(_: Any, x: Tensor) -> Any:
+        slopes = torch.pow(torch.full((), 0.25), torch.arange(1, 5, dtype=torch.int32))
+        return x[..., :4] * slopes, torch.arange(16) * 2 < x
+
+    gm, model_ = _normalized(model)
+    assert not any("pow" in name for name in ops(gm))
+    assert ops(gm)["aten.arange.start_step"] == 1
+    _agree(gm, model_)
+
+
 EXPECTED = {
     "bert": {"linear": 13, "layer_norm": 5, "gelu": 2, "attention": 2, "embedding": 3},
     "albert": {"linear": 14, "layer_norm": 5, "gelu": 2, "attention": 2},

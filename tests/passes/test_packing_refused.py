@@ -112,25 +112,6 @@ def tokens_decide_what_is_real(g: Padded) -> Node:
     return g.attention(g.embed(g.ids, 23, N), valid=valid)
 
 
-@case("bias_for_all_sequences")
-def bias_of_each_sequence(g: Padded) -> Node:
-    rows, columns = (g.call(aten.unsqueeze.default, g.mask_input, axis) for axis in (1, 2))
-    both = g.call(aten.unsqueeze.default, g.call(aten.mul.Tensor, rows, columns), 1)
-    bias = g.call(torch.ops.prims.convert_element_type.default, both, torch.float64)
-    x = g.attention(g.embed(g.ids, 23, N), bias=bias)
-    blame(g, attention_of(g))
-    return x
-
-
-@case("bias_from_tokens")
-def bias_of_the_tokens(g: Padded) -> Node:
-    x = g.embed(g.ids, 23, N)
-    scores = g.call(aten.permute.default, g.linear(x, "score", 1), [0, 2, 1])
-    out = g.attention(x, bias=g.call(aten.unsqueeze.default, scores, 2))
-    blame(g, attention_of(g))
-    return out
-
-
 @case("masked_places_alike")
 def masked_places_that_differ_before_column_0(g: Padded) -> Node:
     """A masked column 0 weighs all places alike, and these hold what their ids say."""

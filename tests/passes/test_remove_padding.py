@@ -313,6 +313,56 @@ def test_windows_and_causal_order_are_on_slots(pattern: str) -> None:
     check(graph, pack(graph), inputs_for(pattern, 4, 9, 1))
 
 
+def _bias_of_masks(g: Padded, x: Node) -> Node:
+    """[B, 1, S, S]: 1 where both places are real."""
+    rows, columns = (g.call(aten.unsqueeze.default, g.mask_input, axis) for axis in (1, 2))
+    both = g.call(aten.unsqueeze.default, g.call(aten.mul.Tensor, rows, columns), 1)
+    return g.call(torch.ops.prims.convert_element_type.default, both, torch.float64)
+
+
+def _bias_by_count(g: Padded, x: Node) -> Node:
+    """[B, H, 1, S]: the number of a key among the real ones, times the slope of a head."""
+    counted = g.call(aten.cumsum.default, g.mask_input, 1)
+    return g.call(aten.mul.Tensor, g.weight("slopes", 2, 1, 1), _at_axes(g, counted, 1, 2))
+
+
+def _bias_given(g: Padded, x: Node) -> Node:
+    return g.input("bias", BATCH, 1, SEQ, SEQ, dtype=torch.float64)
+
+
+def _bias_given_by_key(g: Padded, x: Node) -> Node:
+    return g.input("bias", BATCH, 2, 1, SEQ, dtype=torch.float64)
+
+
+def _bias_of_keys(g: Padded, x: Node) -> Node:
+    """[B, H, 1, S], computed from packed tokens."""
+    return g.call(aten.unsqueeze.default, g.call(aten.permute.default, g.linear(x, "score", 2), [0, 2, 1]), 2)
+
+
+def _at_axes(g: Padded, value: Node, *axes: int) -> Node:
+    for axis in axes:
+        value = g.call(aten.unsqueeze.default, value, axis)
+    return value
+
+
+BIASES = [_bias_of_masks, _bias_by_count, _bias_given, _bias_given_by_key, _bias_of_keys]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("bias", BIASES)
+def test_a_bias_of_each_sequence_stays_padded(bias: Callable[[Padded, Node], Node], pattern: str) -> None:
+    g = Padded()
+    x = g.embed(g.ids, 23, 24)
+    made = bias(g, x)
+    graph = g.done(g.attention(x, bias=made, causal=True), g.first(g.attention(x, bias=made)))
+    inputs = inputs_for(pattern, 4, 9, 1)
+    if made.op == "placeholder":
+        shape = [{BATCH: 4, SEQ: 9}.get(size, size) for size in fact(made, TensorType).shape]  # type: ignore[call-overload]
+        generator = torch.Generator().manual_seed(2)
+        inputs = (*inputs, torch.randn(shape, generator=generator, dtype=torch.float64))  # type: ignore[assignment]
+    check(graph, pack(graph), inputs)
+
+
 def test_equal_validities_are_one() -> None:
     g = Padded()
     x = g.embed(g.ids, 23, 24)
