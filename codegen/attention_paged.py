@@ -1,4 +1,5 @@
-"""Attention over pages of keys and values: new keys go into their pages, then queries run over all pages they see.
+"""Attention over pages of keys and values: new keys go into their pages, if there are any, then queries run over all
+pages they see.
 
 A program computes the query heads that share a head of keys, for a block of queries: a row of its tile is one query in
 one head. So keys are read once for the whole group, and decoding, with one query a sequence, has as many rows as the
@@ -31,14 +32,14 @@ _MANY_ROWS = 32
 def emit_paged(
     call: RegionCall, inputs: Inputs, results: list[tuple[Node, View]], anchor: Node, variant: str
 ) -> tuple[KernelStep, ...]:
-    """The steps: one that fills pages, one that attends, in a variant of ``ir.regions.PAGED_VARIANTS``.
+    """The steps: one that fills pages, if there are new keys, and one that attends, in one of ``PAGED_VARIANTS``.
 
     Raises:
         CodegenError: the pages' size or the heads are not fixed, or an epilogue does not follow the tiles.
     """
     problem = PagedProblem(call, inputs, results, anchor)
     rows = next_power_of_2(problem.group) if variant == "paged_few" else _MANY_ROWS
-    return emit_append(problem), _attend(problem, rows)
+    return (*((emit_append(problem),) if problem.appends else ()), _attend(problem, rows))
 
 
 def _attend(problem: PagedProblem, rows: int) -> KernelStep:

@@ -7,6 +7,7 @@ from tilewright.codegen.emit_gemm import emit_gemm
 from tilewright.codegen.emit_index import emit_index
 from tilewright.codegen.emit_route import emit_route
 from tilewright.codegen.emit_row import emit_rows
+from tilewright.codegen.paged_append import emit_fill
 from tilewright.codegen.region_call import RegionCall
 from tilewright.errors import CodegenError
 from tilewright.ir.program import KernelStep, VendorLinear
@@ -38,6 +39,8 @@ def emit_region(
         return emit_route(call, builder)
     if anchor is Anchor.ATTENTION:
         return emit_attention(call, builder, variant or "online")
+    if anchor is Anchor.APPEND:
+        return emit_fill(call, builder)
     if anchor is Anchor.INDEX:
         return emit_index(call, builder)
     if anchor is Anchor.OPAQUE:

@@ -1,29 +1,49 @@
 """New keys and values into their pages."""
 
+from collections.abc import Sequence
+
 import torch
 
+from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.kernel_text import finish
-from tilewright.codegen.paged_problem import PagedProblem
+from tilewright.codegen.nodes import arguments
+from tilewright.codegen.paged_problem import NewRows
+from tilewright.codegen.region_call import RegionCall
 from tilewright.codegen.writer import Var
-from tilewright.ir.program import KernelStep
+from tilewright.ir.facts import TensorType, fact
+from tilewright.ir.program import KernelStep, View
 from tilewright.ir.sizes import ceil_div
+from tilewright.ops import Flow, traits_of
 
 _NEW_ROWS = 8
 
 
-def emit_append(problem: PagedProblem) -> KernelStep:
-    """The step that puts the new tokens' keys and values into their pages."""
+def emit_fill(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, ...]:
+    """The step of a region that does nothing but put rows into pages.
+
+    Raises:
+        CodegenError: the pages' size or the heads are not fixed.
+    """
+    (anchor,) = (node for node in call.graph.graph.nodes if traits_of(node.target).flow is Flow.APPEND)
+    new = fact(arguments(anchor)["k"], TensorType)
+    tokens = [view for _, view in call.results()]  # without elements; the step is what makes them
+    return (emit_append(NewRows(call, call.read(builder), anchor, new.dtype), tokens),)
+
+
+def emit_append(problem: NewRows, results: Sequence[View] = ()) -> KernelStep:
+    """The step that puts the new tokens' keys and values into their pages; ``results`` are there once it has run."""
     writer, evaluator = problem.kernel()
+    tokens = fact(problem.given["k"], TensorType).shape[0]
     writer.constants["BLOCK_M"] = _NEW_ROWS
     writer.statement("rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]")
-    writer.statement(f"row_mask = rows < {writer.size(problem.tokens)}")
-    row = writer.define(Var("rows", problem.tokens, 0, "BLOCK_M", "row_mask"))
+    writer.statement(f"row_mask = rows < {writer.size(tokens)}")
+    row = writer.define(Var("rows", tokens, 0, "BLOCK_M", "row_mask"))
     writer.statement("head = tl.program_id(1)")
     head = writer.define(Var("head", problem.kv_heads))
     place = evaluator.convert(evaluator.value(problem.given["places"], (row,)), torch.int64).text
     slots, heads = problem.slots, problem.kv_heads
     writer.statement(f"page = {place} // {slots} * {heads} + head")
-    written = []
+    written = [*results]
     for new, pages, size, axis in (
         ("k", "key_pages", problem.size, problem.key_axis),
         ("v", "value_pages", problem.value_size, problem.value_axis),
@@ -43,6 +63,6 @@ def emit_append(problem: PagedProblem) -> KernelStep:
         summary=f"Puts new keys and values into pages of {slots} slots. A program has some tokens of one head.",
         nodes=[problem.anchor],
         variables=dict(evaluator.used),
-        grid=(ceil_div(problem.tokens, _NEW_ROWS), heads, 1),
+        grid=(ceil_div(tokens, _NEW_ROWS), heads, 1),
         writes=written,
     )

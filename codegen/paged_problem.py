@@ -1,5 +1,6 @@
-"""What one attention over pages asks for, read off its node once: operands, sizes, groups of heads, element types."""
+"""What attention over pages, or filling them, asks for, read off the node once: operands, sizes, element types."""
 
+import torch
 from torch.fx import Node
 
 from tilewright.codegen.attention_heads import head_axis
@@ -12,6 +13,7 @@ from tilewright.codegen.writer import TL_TYPES, KernelWriter
 from tilewright.errors import CodegenError
 from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ir.program import View
+from tilewright.ir.sizes import TOKENS
 
 _NAMES = (
     *("tile", "kv_head", "sequence", "lanes", "lane_mask", "query", "head", "d", "dv", "first_seen", "first_query"),
@@ -20,59 +22,34 @@ _NAMES = (
 )
 
 
-class PagedProblem:
-    """The attention of a region.
+class NewRows:
+    """Keys and values that a region puts into pages.
 
     Attributes:
-        call, inputs, results: the region, what stands behind its placeholders, and what is stored.
-        anchor, given: the attention's node and its arguments by name.
-        heads, kv_heads, group: of queries, of keys, and query heads that share a head of keys.
+        call, inputs: the region, and what stands behind its placeholders.
+        anchor, given: the op's node and its arguments by name.
+        kv_heads: of keys and values.
         slots: of a page.
-        size, value_size: of a head, of queries and keys and of values.
-        tokens, queries, batch: new tokens, query rows, sequences.
-        most_queries: of one sequence.
-        dtype, compute: element type of the operands of products, and that of scores and sums; ``kind`` is the latter
-            in a kernel.
+        size, value_size: of a head, of keys and of values.
+        compute: in what values are evaluated.
         pages_dtype: element type of the pages.
     """
 
-    def __init__(self, call: RegionCall, inputs: Inputs, results: list[tuple[Node, View]], anchor: Node) -> None:
-        self.call, self.inputs, self.results, self.anchor = call, inputs, results, anchor
+    def __init__(self, call: RegionCall, inputs: Inputs, anchor: Node, dtype: torch.dtype) -> None:
+        self.call, self.inputs, self.anchor = call, inputs, anchor
         self.given = arguments(anchor)
-        query, pages, values = (fact(self.given[name], TensorType) for name in ("q", "key_pages", "value_pages"))
-        fixed = (query.shape[1], *values.shape[1:], pages.shape[2])
+        pages, values = (fact(self.given[name], TensorType) for name in ("key_pages", "value_pages"))
+        fixed = (*values.shape[1:], pages.shape[2])
         if not all(isinstance(size, int) for size in fixed):
-            raise CodegenError("attention over pages needs fixed heads and sizes", where=where(anchor))
-        self.heads, self.kv_heads, self.slots, self.value_size, self.size = map(int, fixed)
-        self.group = self.heads // self.kv_heads
-        self.queries, self.tokens = query.shape[0], fact(self.given["k"], TensorType).shape[0]
-        self.batch = fact(self.given["page_table"], TensorType).shape[0]
-        self.dtype, self.pages_dtype = query.dtype, pages.dtype
-        self.compute = compute_dtype(self.dtype)
-        self.kind = TL_TYPES[self.compute]
-        self.most_queries = self.tokens - self.batch + 1
-
-    @property
-    def widened(self) -> str:
-        """What turns the type of the pages into that of the products."""
-        return "" if self.pages_dtype == self.dtype else f".to({TL_TYPES[self.dtype]})"
+            raise CodegenError("pages need fixed heads and sizes", where=where(anchor))
+        self.kv_heads, self.slots, self.value_size, self.size = map(int, fixed)
+        self.compute, self.pages_dtype = compute_dtype(dtype), pages.dtype
 
     def kernel(self) -> tuple[KernelWriter, Evaluator]:
         """A kernel to write."""
         writer = KernelWriter(2)
         writer.reserve(*_NAMES)
         return writer, Evaluator(self.call.graph, writer, self.inputs)
-
-    @property
-    def factor(self) -> float:
-        """What products of queries and keys are multiplied by."""
-        scale, cap = float(self.given["scale"]), float(self.given["softcap"])
-        return scale / cap if cap > 0.0 else scale * LOG2_E
-
-    @property
-    def scaled_queries(self) -> bool:
-        """Whether the scale is in the queries, where that rounds nothing away."""
-        return self.dtype == self.compute
 
     def key_axis(self, writer: KernelWriter) -> Index:
         """The variable along axis 1 over the size of a key."""
@@ -86,3 +63,50 @@ class PagedProblem:
         """Pointer to the pages of keys or of values."""
         view, dtype = self.inputs[self.given[name]]
         return writer.pointer(view, dtype, name)
+
+
+class PagedProblem(NewRows):
+    """The attention of a region; new rows are there if ``appends``.
+
+    Attributes:
+        results: what is stored.
+        heads, group: of queries, and query heads that share a head of keys.
+        queries, batch: query rows, sequences.
+        most_queries: of one sequence; each has one of the step's tokens at least.
+        dtype: element type of the operands of products; ``compute`` is that of scores and sums, ``kind`` its name in a
+            kernel.
+    """
+
+    def __init__(self, call: RegionCall, inputs: Inputs, results: list[tuple[Node, View]], anchor: Node) -> None:
+        query = fact(arguments(anchor)["q"], TensorType)
+        super().__init__(call, inputs, anchor, query.dtype)
+        if not isinstance(query.shape[1], int):
+            raise CodegenError("attention over pages needs fixed heads and sizes", where=where(anchor))
+        self.results, self.dtype = results, query.dtype
+        self.heads = query.shape[1]
+        self.group = self.heads // self.kv_heads
+        self.queries = query.shape[0]
+        self.batch = fact(self.given["page_table"], TensorType).shape[0]
+        self.kind = TL_TYPES[self.compute]
+        self.most_queries = TOKENS - self.batch + 1
+
+    @property
+    def appends(self) -> bool:
+        """Whether there are new keys and values to be put into pages first."""
+        return isinstance(self.given["k"], Node)
+
+    @property
+    def widened(self) -> str:
+        """What turns the type of the pages into that of the products."""
+        return "" if self.pages_dtype == self.dtype else f".to({TL_TYPES[self.dtype]})"
+
+    @property
+    def factor(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        scale, cap = float(self.given["scale"]), float(self.given["softcap"])
+        return scale / cap if cap > 0.0 else scale * LOG2_E
+
+    @property
+    def scaled_queries(self) -> bool:
+        """Whether the scale is in the queries, where that rounds nothing away."""
+        return self.dtype == self.compute

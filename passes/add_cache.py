@@ -4,7 +4,9 @@ A packed causal model already works on rows that know their place: which sequenc
 have there. So it goes on from a cache if its attentions read keys from pages instead of from the rows of this call.
 Prefill, a chunk of it, decode and a mix of them are then one program with different rows. What was read off the padded
 batch (row index, offsets, slots) becomes an input; whatever else depended on the batch has no meaning any more, and
-the model is refused. Source: DeepSpeed Inference, section III (one program, chosen kernels); vLLM (pages).
+the model is refused. The target's half of an encoder-decoder (``SplitSource``) has attentions over its source besides:
+their keys lie in pages too, where ``FillPages`` has put them. Source: DeepSpeed Inference, section III (one program,
+chosen kernels); vLLM (pages).
 """
 
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from tilewright.errors import CacheRefused
 from tilewright.ir.facts import Origin, SizeValue, TensorType, copy_origin, fact, set_fact, where
 from tilewright.ir.graph import InputSpec, Level, OutputSpec, info, update_info
 from tilewright.ir.layout import Layout, LayoutKind
-from tilewright.ir.sizes import BATCH, PAGES, TABLE, TOKENS, WANTED, Size
+from tilewright.ir.sizes import BATCH, PAGES, SOURCE_TABLE, TABLE, TOKENS, WANTED, Size
+from tilewright.passes.at_slots import AtSlots
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.layout_axes import positional
 from tilewright.passes.rewrite import erase_dead
@@ -37,6 +40,26 @@ _TOLD: tuple[tuple[str, tuple[Size, ...], Layout], ...] = (
     ("rows", (WANTED,), _SELECTED),
     ("cu_rows", (BATCH + 1,), _SEQUENCES),
 )
+# And of its sources: the slot of the last key that each token sees, and the pages.
+_TOLD_OF_SOURCES: tuple[tuple[str, tuple[Size, ...], Layout], ...] = (
+    ("source_slots", (TOKENS,), _PACKED),
+    ("source_table", (BATCH, SOURCE_TABLE), _SEQUENCES),
+)
+
+
+def pages_type(kind: str, new: TensorType, page_size: int, dtype: torch.dtype | None) -> TensorType:
+    """Type of the pages that take keys or values of type [T, Hkv, size].
+
+    Args:
+        kind: "key_pages" or "value_pages". Keys lie with their slots together: scores are then products of rows that
+            are read as they are stored.
+        new: what goes into them.
+        page_size: slots of a page.
+        dtype: of the pages; None for that of what goes into them.
+    """
+    _, heads, size = new.shape
+    inside = (size, page_size) if kind == "key_pages" else (page_size, size)
+    return TensorType((PAGES, heads, *inside), dtype or new.dtype)
 
 
 @dataclass(frozen=True)
@@ -45,7 +68,8 @@ class AddCache(Pass):
 
     Its inputs are then the tokens [T], what ``tilewright.ir.steps.StepBatch`` says of them, and for each attention
     pages of keys [N, Hkv, D, page_size] and of values [N, Hkv, page_size, Dv]; its output is one row for each wanted
-    one.
+    one. The n-th attention over a source has its keys in the pages of the n-th one over tokens, where these are of the
+    same type: a page id then means memory for either, and there is one pool.
 
     Attributes:
         page_size: slots of a page.
@@ -65,6 +89,11 @@ class AddCache(Pass):
     positions: str = "position_ids"
     output: str = "logits"
 
+    @property
+    def token_inputs(self) -> tuple[str, ...]:
+        """Inputs that are packed from the start: where keys are cached, no token depends on the padded batch."""
+        return self.tokens, self.positions
+
     def run(self, gm: GraphModule) -> PassResult:
         """Rewrites the graph in place.
 
@@ -73,13 +102,13 @@ class AddCache(Pass):
         """
         writer = _StepWriter(gm, self)
         writer.run()
-        return PassResult(gm, changed=True, counts={"attention": writer.attentions})
+        return PassResult(gm, changed=True, counts={"attention": len(writer.pages)})
 
 
 class _StepWriter:
     def __init__(self, gm: GraphModule, options: AddCache) -> None:
         self.gm, self.graph, self.options = gm, gm.graph, options
-        self.attentions = 0
+        self.pages: list[tuple[Node, Node]] = []
         self.specs: list[InputSpec] = []
         self.old = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.row_index = next(iter(self.graph.find_nodes(op="call_function", target=tw.pack_index.default)), None)
@@ -88,7 +117,8 @@ class _StepWriter:
         if self.row_index is None:
             why = info(self.gm).reasons.get("packing", "the graph has no row index")
             raise CacheRefused("the model cannot go on from a cache", why=f"its padding cannot be removed: {why}")
-        self._make_inputs()
+        crossing = self.graph.find_nodes(op="call_function", target=tw.cross_attention.default)
+        self._make_inputs(bool(crossing))
         for node in list(self.graph.nodes):
             if node.target is tw.gather_rows.default:
                 self._gathered(node)
@@ -96,6 +126,8 @@ class _StepWriter:
                 self._attention(node)
             elif node.target is aten.sym_size.int:
                 self._size(node)
+        for number, node in enumerate(crossing):
+            self._cross_attention(number, node)
         self._outputs()
         erase_dead(self.gm)
         self._remove_old_inputs()
@@ -116,18 +148,23 @@ class _StepWriter:
         self.specs.append(InputSpec(name, dtype, shape, vocab=spec.vocab if spec else None, state=state))
         return node
 
-    def _make_inputs(self) -> None:
+    def _make_inputs(self, of_sources: bool) -> None:
         self.ids = self._input(self.options.tokens, (TOKENS,), torch.int64, _PACKED, state=False)
-        self.told = {name: self._input(name, shape, torch.int32, layout, state=False) for name, shape, layout in _TOLD}
+        told = (*_TOLD, *(_TOLD_OF_SOURCES if of_sources else ()))
+        self.told = {name: self._input(name, shape, torch.int32, layout, state=False) for name, shape, layout in told}
+        self.at_slots = AtSlots(self.told["slots"], AddCache.name)
 
-    def _pages(self, kind: str, new: Node) -> Node:
-        type_ = fact(new, TensorType)
-        _, heads, size = type_.shape
-        slots = self.options.page_size
-        # Keys lie with their slots together: scores are then products of rows that are read as they are stored.
-        shape = (PAGES, heads, size, slots) if kind == "key_pages" else (PAGES, heads, slots, size)
-        name = f"{kind}_{self.attentions}"
-        return self._input(name, shape, self.options.dtype or type_.dtype, Layout(LayoutKind.FREE), state=True)
+    def _pages(self, prefix: str, number: int, new: tuple[TensorType, ...]) -> tuple[Node, Node]:
+        """New pages for keys and values."""
+        keys, values = (
+            self._input(f"{prefix}{kind}_{number}", type_.shape, type_.dtype, Layout(LayoutKind.FREE), state=True)
+            for kind, type_ in zip(("key_pages", "value_pages"), new, strict=True)
+        )
+        return keys, values
+
+    def _page_types(self, keys: TensorType, values: TensorType) -> tuple[TensorType, ...]:
+        size, dtype = self.options.page_size, self.options.dtype
+        return pages_type("key_pages", keys, size, dtype), pages_type("value_pages", values, size, dtype)
 
     def _remove_old_inputs(self) -> None:
         for node in self.old:
@@ -153,14 +190,17 @@ class _StepWriter:
 
     def _gathered(self, node: Node) -> None:
         source = positional(node)[0]
-        if source.op != "placeholder" or source.target not in (self.options.tokens, self.options.positions):
-            return
-        rows = self.ids
-        if source.target == self.options.positions:
+        rows: Node | None = None
+        if source.op != "placeholder":
+            rows = self.at_slots.of(source, node)
+        elif source.target == self.options.tokens:
+            rows = self.ids
+        elif source.target == self.options.positions:
             wanted = fact(node, TensorType)
             args = (self.told["slots"], wanted.dtype)
             rows = self._call(node, torch.ops.prims.convert_element_type.default, args, wanted, _PACKED)
-        node.replace_all_uses_with(rows)
+        if rows is not None:
+            node.replace_all_uses_with(rows)
 
     def _size(self, node: Node) -> None:
         if fact(node, SizeValue).value == TOKENS:
@@ -182,12 +222,24 @@ class _StepWriter:
             why = f"its table '{table.name}' is made for a whole batch"
         if why:
             raise CacheRefused("the model cannot go on from a cache", where=where(node), why=why)
-        keys, values = self._pages("key_pages", k), self._pages("value_pages", v)
-        self.attentions += 1
+        types = self._page_types(fact(k, TensorType), fact(v, TensorType))
+        keys, values = self._pages("", len(self.pages), types)
+        self.pages.append((keys, values))
         told = [self.told[name] for name in ("places", "cu_seqlens", "slots", "page_table")]
         args = (q, k, v, keys, values, *told, sinks, scale, left, cap)
         made = self._call(node, tw.attention_paged.default, args, fact(node, TensorType), _PACKED)
         node.replace_all_uses_with(made)
+
+    def _cross_attention(self, number: int, node: Node) -> None:
+        """Its keys are no rows of the step, so nothing is put into pages; every query sees the whole source."""
+        q, k, v, _, _, scale, cap = positional(node)
+        new = (_by_rows(k), _by_rows(v))
+        types, pages = self._page_types(*new), self.pages[number] if number < len(self.pages) else None
+        if pages is None or types != tuple(fact(each, TensorType) for each in pages):
+            pages = self._pages("source_", number, types)
+        told = [self.told[name] for name in ("cu_seqlens", "source_slots", "source_table")]
+        args = (q, None, None, *pages, None, *told, None, scale, -1, cap)
+        node.replace_all_uses_with(self._call(node, tw.attention_paged.default, args, fact(node, TensorType), _PACKED))
 
     # Results
 
@@ -217,3 +269,9 @@ class _StepWriter:
         copy_origin(result, made, AddCache.name)
         output.args = ((made,),)
         update_info(self.gm, output=OutputSpec(build=lambda flat: flat[0], names=(self.options.output,)))
+
+
+def _by_rows(heads: Node) -> TensorType:
+    """Of keys or values [B, H, S, D], the type of their rows [T, H, D]."""
+    _, count, _, size = fact(heads, TensorType).shape
+    return TensorType((TOKENS, count, size), fact(heads, TensorType).dtype)

@@ -18,6 +18,7 @@ _FAMILY = {
     Flow.GROUPED: Anchor.EXPERTS,
     Flow.ROUTE: Anchor.ROUTE,
     Flow.ATTENTION: Anchor.ATTENTION,
+    Flow.APPEND: Anchor.APPEND,
     Flow.POINTWISE: Anchor.ROW,
     Flow.LAST_AXIS: Anchor.ROW,
     Flow.REDUCE: Anchor.ROW,

@@ -64,6 +64,7 @@ _ANCHOR_FLOWS = {
     Anchor.EXPERTS: (Flow.GROUPED,),
     Anchor.ROUTE: (Flow.ROUTE,),
     Anchor.ATTENTION: (Flow.ATTENTION,),
+    Anchor.APPEND: (Flow.APPEND,),
     Anchor.ROW: (Flow.LAST_AXIS, Flow.REDUCE, Flow.PACKING, Flow.COLUMN, Flow.LOOKUP),
     Anchor.INDEX: (Flow.PACKING,),
     Anchor.OPAQUE: (),

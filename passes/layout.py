@@ -36,7 +36,7 @@ from tilewright.passes.layout_axes import (
 )
 from tilewright.passes.layout_pads import constant_of, pad_value
 from tilewright.passes.layout_pads_alike import check_pads_alike
-from tilewright.passes.layout_validity import NotPackable, Validity, is_valid_like
+from tilewright.passes.layout_validity import NotPackable, Validity, is_valid_like, keys_are_given
 
 aten = torch.ops.aten
 _PADDED, _PACKED = LayoutKind.PADDED, LayoutKind.PACKED
@@ -355,6 +355,8 @@ class _Analysis:
         if self.validity is None:
             return self._unpacked(node, (0, 1))
         q, k, v, _, bias, sinks, *_, query_table, _, key_table, _, _ = positional(node)
+        if keys_are_given(node):
+            return self._over_given_keys(node)
         tables = (("table of queries", query_table), ("table of keys", key_table))
         for name, operand in (("queries", q), ("keys", k), ("values", v), *tables):
             if operand is None:
@@ -369,6 +371,16 @@ class _Analysis:
         if bias is not None and self.layouts[bias].kind is _PACKED and bias.op != "placeholder":
             # A bias stays padded, and is read at kept queries and real keys alone: other places may hold any number.
             self.padded_again.add(bias)
+        return Layout(_PACKED, 0, 1)
+
+    def _over_given_keys(self, node: Node) -> Layout:
+        """Queries are packed; keys and values stay as they are, one set a sequence."""
+        q, _, _, _, bias, sinks, _, causal, left, right, _, *tables = positional(node)
+        if self._axes(q) != (0, 2) or not self._packs(node, q):
+            raise NotPackable("attention_over_itself", where(node), f"its queries '{q.name}' are no rows of [B, S]")
+        if causal or max(left, right) >= 0 or any(each is not None for each in (bias, sinks, *tables[:4])):
+            why = "its keys are given, and it has an order, a window, a bias or sinks"
+            raise NotPackable("known_attention", where(node), why)
         return Layout(_PACKED, 0, 1)
 
 

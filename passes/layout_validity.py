@@ -60,6 +60,8 @@ def find_validity(gm: GraphModule) -> Validity:
             continue
         if node.target is not torch.ops.tilewright.attention.default:
             raise NotPackable("known_attention", where(node), f"{node.target} has no packed form")
+        if keys_are_given(node):
+            continue
         this = _validity_of(node)
         if found is not None and this.key != found.key:
             why = f"it masks keys by '{this.node.name}', an attention before it by '{found.node.name}'"
@@ -68,6 +70,11 @@ def find_validity(gm: GraphModule) -> Validity:
     if found is None:
         raise NotPackable("has_attention", None, "the graph has no attention that says which tokens are real")
     return found
+
+
+def keys_are_given(attention: Node) -> bool:
+    """Whether keys and values are inputs: what they belong to is not the text that this graph would pack."""
+    return all(operand.op == "placeholder" for operand in positional(attention)[1:3])
 
 
 def is_valid_like(node: Node, validity: Validity) -> bool:

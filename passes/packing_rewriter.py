@@ -17,6 +17,7 @@ from tilewright.ir.views import same_size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.layout import Packing
 from tilewright.passes.layout_axes import Axes, positional, shape_of, tensor_operands, worked_axes
+from tilewright.passes.layout_validity import keys_are_given
 from tilewright.passes.packing_builder import PackingBuilder
 from tilewright.passes.packing_views import packed_view
 
@@ -265,7 +266,8 @@ class PackingRewriter:
         return packed_view(self.build, node, rows, self.layouts[sources[0]], layout, self.plain)
 
     def _attention(self, node: Node, layout: Layout) -> Node:
-        q, k, v, _, bias, sinks, *options, query_table, query_index, key_table, key_index, uniform = positional(node)
+        q, k, v, valid, bias, sinks, *options = positional(node)
+        *options, query_table, query_index, key_table, key_index, uniform = options
         operand_layout = Layout(LayoutKind.PACKED, 0, 2)
 
         def rows_of(x: Node | None) -> Node | None:
@@ -274,6 +276,10 @@ class PackingRewriter:
         def plain(x: Node | None) -> Node | None:
             return None if x is None else self.plain(x)
 
+        type_, packed = packed_type(fact(node, TensorType), layout), Layout(LayoutKind.PACKED, 0, 1)
+        if keys_are_given(node):
+            given = (rows_of(q), plain(k), plain(v), plain(valid), self.build.index.cu_seqlens, options[0], options[4])
+            return self.build.call(tw.cross_attention.default, given, type_, node, packed, name=node.name)
         rows = [rows_of(x) for x in (q, k, v)]
         tables = (rows_of(query_table), plain(query_index), rows_of(key_table), plain(key_index))
         # Where no column is kept for its place, no query is padding.
@@ -281,6 +287,4 @@ class PackingRewriter:
         index = self.build.index
         offsets = (index.cu_seqlens, index.key_start, index.seqlens_k, index.slots, index.slots)
         args = (*rows, *offsets, plain(bias), plain(sinks), self.build.size(SEQ), self.build.size(SEQ), *rest)
-        type_ = packed_type(fact(node, TensorType), layout)
-        packed = Layout(LayoutKind.PACKED, 0, 1)
         return self.build.call(tw.attention_packed.default, args, type_, node, packed, name=node.name)

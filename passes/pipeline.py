@@ -10,6 +10,7 @@ from tilewright.ir.measurements import Measurements
 from tilewright.ir.stored_weight import StoredParameter
 from tilewright.passes.add_cache import AddCache
 from tilewright.passes.base import Observer, Pass, PassRecord, run_pass
+from tilewright.passes.fill_pages import FillPages
 from tilewright.passes.find_regions import FindRegions
 from tilewright.passes.merge_linears import MergeLinears
 from tilewright.passes.normalize import normalization
@@ -23,6 +24,7 @@ from tilewright.passes.route_experts import RouteExperts
 from tilewright.passes.slice_rows import SliceRows
 from tilewright.passes.specialize import Specialize
 from tilewright.passes.specialize_attention import SpecializeAttention
+from tilewright.passes.split_source import SplitSource
 from tilewright.passes.store_blocks import StoreBlocks
 from tilewright.passes.verify import verify as verify_graph
 
@@ -38,7 +40,8 @@ def pipeline(
     attention: str = "auto",
     quantize: str = "",
     without: Collection[str] = (),
-    cache: AddCache | None = None,
+    cache: AddCache | FillPages | None = None,
+    split: SplitSource | None = None,
     stored: Mapping[str, StoredParameter] | None = None,
     activations: str = "int8",
 ) -> tuple[Pass, ...]:
@@ -55,7 +58,9 @@ def pipeline(
         without: names of passes to leave out, of those in ``OPTIONAL``.
         stored: weights that a file stores in blocks, as of ``StoreBlocks``.
         activations: of products with weights in blocks: "int8" rounds them by blocks of 32, "float" does not.
-        cache: the pass that makes the graph one step of generation, where that is wanted.
+        cache: the pass that makes the graph one step of generation, or what fills the pages of a source, where that
+            is wanted.
+        split: the pass that takes one half of an encoder-decoder, for the former or the latter.
 
     Raises:
         OptionError: ``opt_level`` is not 0, 1, 2 or 3, or a pass to leave out is not optional.
@@ -66,15 +71,13 @@ def pipeline(
         raise OptionError(f"no pass {unknown[0]!r} can be left out", hint=f"choose among {', '.join(OPTIONAL)}")
     normalize = normalization()  # first: every other pass knows one spelling of each op
     # Linears and embeddings have one spelling now, and everything after it sees what the weights really are.
-    front = (*normalize, *((StoreBlocks(stored),) if stored else ()))
+    front = (*normalize, *((StoreBlocks(stored),) if stored else ()), *((split,) if split is not None else ()))
     if opt_level == 0:
         return front
     return (
         *front,
-        # Where keys are cached, no token depends on the padded batch.
-        RemovePadding(
-            unpad, (cache.tokens, cache.positions) if cache is not None else ()
-        ),  # before fusion: it changes the rows that everything after it works on
+        # Before fusion: it changes the rows that everything after it works on.
+        RemovePadding(unpad, cache.token_inputs if cache is not None else ()),
         *((cache,) if cache is not None else ()),  # needs packed rows; says which of them are wanted, for the next
         # Needs packed rows to pick from; before regions, for it changes the rows of what they compute.
         *((SliceRows(),) if SliceRows.name not in without else ()),

@@ -79,6 +79,8 @@ def why_not_joined(producer: Group, consumer: Group, between: Iterable[Node]) ->
             return f"the row index '{head}' must be complete before any packed row is known"
         if group.anchor is Anchor.ROUTE:
             return f"the table '{head}' of the rows of each expert is made from all rows"
+        if group.anchor is Anchor.APPEND:
+            return f"'{head}' puts rows into pages in a kernel of its own"
         if group.anchor is Anchor.ATTENTION and group is consumer:
             return f"the attention kernel '{head}' would compute it again for every block of queries"
         if group.anchor is Anchor.ATTENTION:

@@ -13,13 +13,15 @@ from tilewright.passes.anchors import computes
 from tilewright.passes.rules import Rule, Violation, all_nodes, bodies, regions
 
 # Flows of which a region of this kind holds exactly one op, and those of which it holds none.
+_ANCHORS = {Flow.CONTRACT, Flow.ATTENTION, Flow.APPEND, Flow.GROUPED, Flow.ROUTE}
 _HOLDS = {
-    Anchor.GEMM: ({Flow.CONTRACT}, {Flow.ATTENTION, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
-    Anchor.EXPERTS: ({Flow.GROUPED}, {Flow.CONTRACT, Flow.ATTENTION, Flow.ROUTE, Flow.OTHER}),
-    Anchor.ROUTE: ({Flow.ROUTE}, {Flow.CONTRACT, Flow.ATTENTION, Flow.GROUPED, Flow.OTHER}),
-    Anchor.ATTENTION: ({Flow.ATTENTION}, {Flow.CONTRACT, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
-    Anchor.ROW: (set(), {Flow.CONTRACT, Flow.ATTENTION, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
-    Anchor.INDEX: ({Flow.PACKING}, {Flow.CONTRACT, Flow.ATTENTION, Flow.GROUPED, Flow.ROUTE, Flow.OTHER}),
+    Anchor.GEMM: ({Flow.CONTRACT}, {*_ANCHORS, Flow.OTHER} - {Flow.CONTRACT}),
+    Anchor.EXPERTS: ({Flow.GROUPED}, {*_ANCHORS, Flow.OTHER} - {Flow.GROUPED}),
+    Anchor.ROUTE: ({Flow.ROUTE}, {*_ANCHORS, Flow.OTHER} - {Flow.ROUTE}),
+    Anchor.ATTENTION: ({Flow.ATTENTION}, {*_ANCHORS, Flow.OTHER} - {Flow.ATTENTION}),
+    Anchor.APPEND: ({Flow.APPEND}, {*_ANCHORS, Flow.OTHER} - {Flow.APPEND}),
+    Anchor.ROW: (set(), {*_ANCHORS, Flow.OTHER}),
+    Anchor.INDEX: ({Flow.PACKING}, {*_ANCHORS, Flow.OTHER}),
     Anchor.OPAQUE: (set(), set()),
 }
 

@@ -98,18 +98,23 @@ def _queries_placed(gm: GraphModule) -> Iterator[Violation]:
 
 
 def _pages_once(gm: GraphModule) -> Iterator[Violation]:
-    readers: Counter[Node] = Counter()
+    """Who appends would write over what another one appends; who only reads may share."""
+    writers, readers = Counter[Node](), Counter[Node]()
     for node in _paged(gm):
-        for pages in positional(node)[3:5]:
-            readers[pages] += 1
-            if readers[pages] == 2:
-                yield Violation(node, f"'{pages.name}' are also the pages of another attention")
+        _, new, _, *pages = positional(node)[:5]
+        for each in pages:
+            found = readers if new is None else writers
+            found[each] += 1
+            if found[each] == 2:
+                yield Violation(node, f"'{each.name}' are also the pages of another attention")
 
 
 def _step_given(gm: GraphModule) -> Iterator[Violation]:
     for node in _paged(gm):
         for position in (5, 6, 7, 8):
             source = positional(node)[position]
+            if source is None and position == 5 and positional(node)[1] is None:
+                continue
             picked = source.target is tw.take_rows.default and position == 7
             if (source.args[0] if picked else source).op != "placeholder":
                 yield Violation(node, f"argument {position}, '{source.name}', is not what the step was told")
@@ -186,7 +191,7 @@ PACKED = (
     Rule("reason_when_padded", "a graph that stays padded says why", _reason_when_padded),
     Rule("from_row_index", "offsets and indices are results of the row index", _from_row_index),
     Rule("queries_placed", "queries are all rows of the row index, or one selected row of each", _queries_placed),
-    Rule("pages_once", "each attention has pages of its own", _pages_once),
+    Rule("pages_once", "each attention that appends has pages of its own", _pages_once),
     Rule("step_given", "places, offsets, slots and tables of attention over pages are inputs", _step_given),
     Rule("tokens_first", "packed values, and no others but tables, have T, as their first axis", _tokens_first),
     Rule("gathered_once", "a value is gathered once", _gathered_once),

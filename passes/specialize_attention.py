@@ -10,7 +10,7 @@ from tilewright.ir.facts import SizeValue, TensorType, fact, find_fact, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.measurements import AttentionKey, Measurements
 from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, AttentionTable, Region
-from tilewright.ir.sizes import Size
+from tilewright.ir.sizes import TOKENS, Size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.layout_axes import positional
@@ -111,8 +111,8 @@ def key_length(anchor: Node) -> Size:
     """Bound of the keys of one sequence; over pages, of its queries: each has one of the new tokens at least."""
     given = _arguments(anchor)
     if "page_table" in given:
-        new, table = (fact(given[name], TensorType) for name in ("k", "page_table"))  # type: ignore[arg-type]
-        return new.shape[0] - table.shape[0] + 1
+        table = fact(given["page_table"], TensorType)  # type: ignore[arg-type]
+        return TOKENS - table.shape[0] + 1
     if "max_seqlen_k" not in given:
         return fact(given["k"], TensorType).shape[2]  # type: ignore[arg-type]
     length = given["max_seqlen_k"]

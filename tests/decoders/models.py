@@ -1,4 +1,4 @@
-"""Tiny causal language models with random weights, one of each family."""
+"""Tiny language models with random weights, one of each family: causal ones, and encoder-decoders."""
 
 from typing import Any
 
@@ -32,13 +32,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 3}),
 }
 
+_STARTS = {"pad_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+_HALVES = {
+    f"{half}_{name}": value
+    for half in ("encoder", "decoder")
+    for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
+}
+_BART = {**_IDS, **_STARTS, **_HALVES, "d_model": 32, "max_position_embeddings": 96}
+
+SOURCE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bart": ("Bart", _BART),
+    "mbart": ("MBart", _BART),
+    "marian": ("Marian", {**_BART, "activation_function": "swish"}),
+    "pegasus": ("Pegasus", {**_BART, "encoder_layers": 1}),
+    "blenderbot": ("Blenderbot", _BART),
+}
+
 
 def build(family: str, seed: int) -> nn.Module:
     """The model; weights are spread wide enough that attention is not uniform."""
-    prefix, fields = FAMILIES[family]
+    prefix, fields = (FAMILIES | SOURCE_FAMILIES)[family]
     torch.manual_seed(seed)
     config = getattr(hf, f"{prefix}Config")(**fields)
-    model: nn.Module = hf.AutoModelForCausalLM.from_config(config).eval()
+    auto = hf.AutoModelForSeq2SeqLM if family in SOURCE_FAMILIES else hf.AutoModelForCausalLM
+    model: nn.Module = auto.from_config(config).eval()
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")  # the faster ones have no fp64
     with torch.no_grad():

@@ -30,8 +30,10 @@ from tilewright.models.capture import check_model
 from tilewright.models.gguf_model import load_gguf
 from tilewright.passes.add_cache import AddCache
 from tilewright.passes.base import Observer, PassRecord
+from tilewright.passes.fill_pages import FillPages
 from tilewright.passes.observe import ArtifactWriter
 from tilewright.passes.pipeline import pipeline, run_pipeline
+from tilewright.passes.split_source import SplitSource
 from tilewright.runtime.program import Program
 from tilewright.runtime.stats import Stats
 
@@ -131,7 +133,8 @@ def compile_graph(
     *,
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
-    cache: AddCache | None = None,
+    cache: AddCache | FillPages | None = None,
+    split: SplitSource | None = None,
     stored: Mapping[str, StoredParameter] | None = None,
 ) -> CompiledGraph:
     """Compiles a graph at level exported.
@@ -141,14 +144,15 @@ def compile_graph(
         options: as of ``compile``.
         observers: see the graph around every pass.
         progress: called before each kernel build.
-        cache: makes the graph one step of generation.
+        cache: makes the graph one step of generation, or what fills the pages of a source.
+        split: takes one half of an encoder-decoder first.
         stored: weights that a file stores, by the names that the graph has for them.
     """
     overrides = {"cache_dir": options.cache_dir} if options.cache_dir else {}
     with settings.scope(**overrides):
         dump_dir = settings.get("dump_dir")
         watching = [*observers, *([ArtifactWriter(dump_dir)] if dump_dir else [])]
-        gm, records = _run_passes(gm, options, watching, progress, cache, stored)
+        gm, records = _run_passes(gm, options, watching, progress, cache, split, stored)
         stats = Stats(compilations=1)
         if options.opt_level == 0:
             return CompiledGraph(gm, records, None, None, stats)
@@ -161,7 +165,8 @@ def _run_passes(
     options: CompileOptions,
     observers: Sequence[Observer],
     progress: Progress | None,
-    cache: AddCache | None,
+    cache: AddCache | FillPages | None,
+    split: SplitSource | None,
     stored: Mapping[str, StoredParameter] | None,
 ) -> tuple[GraphModule, tuple[PassRecord, ...]]:
     """The pipeline; its last passes choose by measurements, and what to measure is known once regions are."""
@@ -169,6 +174,7 @@ def _run_passes(
         "quantize": options.quantized,
         "without": options.without,
         "cache": cache,
+        "split": split,
         "stored": stored,
         "activations": options.activations,
     }

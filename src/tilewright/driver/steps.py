@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.precision import precision_of
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from tilewright.passes.base import Observer
 
 PAGE_SIZE = 32
-_NO_LIMIT = 2**30
+NO_LIMIT = 2**30
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class StepModel:
         page_size: slots of a page.
         vocab_size: columns of the logits.
         max_length: most tokens that a sequence may have.
+        states: the inputs that are pages, in the order of a pool's tensors.
     """
 
     def __init__(self, compiled: "CompiledGraph", page_size: int, vocab_size: int, max_length: int) -> None:
@@ -56,12 +58,12 @@ class StepModel:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.max_length = max_length
-        self._states = [spec for spec in info(compiled.graph).inputs if spec.state]
+        self.states = [spec for spec in info(compiled.graph).inputs if spec.state]
 
     def make_pages(self, count: int) -> Pages:
         """An empty pool of ``count`` pages."""
         made = []
-        for spec in self._states:
+        for spec in self.states:
             shape = [size if isinstance(size, int) else count for size in spec.shape]
             made.append(torch.zeros(shape, dtype=spec.dtype))
         return Pages(tuple(made), count)
@@ -77,9 +79,12 @@ class StepModel:
         Returns:
             Logits [R, vocabulary] fp32 of the wanted rows.
         """
-        told = (batch.slots, self._places(batch), batch.cu_seqlens, batch.page_table, batch.rows, batch.cu_rows)
-        (logits,) = self.compiled(batch.input_ids, *told, *pool.tensors)
+        (logits,) = self.compiled(batch.input_ids, *self.told(batch), *pool.tensors)
         return logits.float()
+
+    def told(self, batch: StepBatch) -> tuple[Tensor, ...]:
+        """What the program is told besides tokens, in the order of its inputs."""
+        return batch.slots, self._places(batch), batch.cu_seqlens, batch.page_table, batch.rows, batch.cu_rows
 
     def _places(self, batch: StepBatch) -> Tensor:
         """Where in the pool each new token's keys go: ``page * page_size + slot % page_size``."""
@@ -87,6 +92,24 @@ class StepModel:
         sequence = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         page = batch.page_table.numpy()[sequence, slots // self.page_size]
         return torch.from_numpy(page * self.page_size + slots % self.page_size)
+
+
+def capture_call(model: Any, options: CompileOptions, call: Mapping[str, Any]) -> GraphModule:
+    """The graph of a model that is called with these arguments, for steps to be made of it.
+
+    Raises:
+        CacheRefused: it cannot be captured, or ``opt_level`` is 0.
+    """
+    if options.opt_level == 0:
+        raise CacheRefused(
+            "there are no steps at opt_level=0",
+            why="that level runs the model's own operations, which know no pages",
+            hint="choose opt_level 1, 2 or 3",
+        )
+    try:
+        return capture(model, signature_of(model, (), call), dtype=precision_of(model, options).capture)
+    except CaptureError as error:
+        raise CacheRefused("the model cannot be captured", where=error.where, why=error.why, hint=error.hint) from error
 
 
 def compile_steps(
@@ -112,19 +135,10 @@ def compile_steps(
     """
     from tilewright.driver.compile import compile_graph
 
-    if options.opt_level == 0:
-        raise CacheRefused(
-            "there are no steps at opt_level=0",
-            why="that level runs the model's own operations, which know no pages",
-            hint="choose opt_level 1, 2 or 3",
-        )
     cache = AddCache(page_size, options.pages_dtype)
     ids = torch.ones((1, 3), dtype=torch.int64)
     call = {cache.tokens: ids, "attention_mask": ids, cache.positions: ids, "use_cache": False}
-    try:
-        gm = capture(model, signature_of(model, (), call), dtype=precision_of(model, options).capture)
-    except CaptureError as error:
-        raise CacheRefused("the model cannot be captured", where=error.where, why=error.why, hint=error.hint) from error
-    limits = (info(gm).bounds.get(SEQ, (1, None, ""))[1], longest(model), _NO_LIMIT)
+    gm = capture_call(model, options, call)
+    limits = (info(gm).bounds.get(SEQ, (1, None, ""))[1], longest(model), NO_LIMIT)
     compiled = compile_graph(gm, options, observers=observers, progress=progress, cache=cache, stored=stored)
     return StepModel(compiled, page_size, int(info(compiled.graph).inputs[0].vocab or 0), min(filter(None, limits)))

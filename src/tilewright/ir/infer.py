@@ -18,9 +18,10 @@ from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod, PythonMod
 
 from tilewright.errors import TilewrightError
 from tilewright.ir.facts import SizeValue, TensorType, TupleType, fact, find_fact
-from tilewright.ir.sizes import BATCH, PAGES, SEQ, TABLE, TOKENS, WANTED, Size, compile_sizes
+from tilewright.ir.sizes import BATCH, PAGES, SEQ, SOURCE_TABLE, TABLE, TOKENS, WANTED, Size, compile_sizes
 
-_HINTS = {BATCH: 8191, SEQ: 32749, TOKENS: 1299709, WANTED: 104729, TABLE: 15485863, PAGES: 179424673}
+_HINTS = {BATCH: 8191, SEQ: 32749, TOKENS: 1299709, WANTED: 104729, TABLE: 15485863, SOURCE_TABLE: 27644437}
+_HINTS[PAGES] = 179424673
 Bounds = Mapping[sympy.Symbol, tuple[int, int | None, str]]
 
 

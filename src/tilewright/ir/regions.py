@@ -22,6 +22,7 @@ class Anchor(Enum):
     EXPERTS = "experts"  # grouped GEMM: each row of x is multiplied by the weight that its expert has
     ROUTE = "route"  # which rows each expert has
     ATTENTION = "attention"
+    APPEND = "append"  # rows of keys and values go into pages
     ROW = "row"  # pointwise work and reductions along the last axis; embedding lookups may feed it
     INDEX = "index"  # the row index of packing
     OPAQUE = "opaque"  # runs eager, with the reason on record

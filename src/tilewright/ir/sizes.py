@@ -1,6 +1,7 @@
 """Sizes as sympy expressions over the symbols of one graph: batch B, padded length S, tokens T.
 
-A graph with a cache of keys also has rows R whose results are wanted, the width P of its page table and N pages.
+A graph with a cache of keys also has rows R whose results are wanted, the width P of its page table and N pages; Ps is
+the width of the table of pages that a source has.
 
 Shapes, strides, offsets and grids are all written in these; a run evaluates them once per call.
 """
@@ -18,8 +19,9 @@ SEQ = sympy.Symbol("S", integer=True, positive=True)
 TOKENS = sympy.Symbol("T", integer=True, positive=True)
 WANTED = sympy.Symbol("R", integer=True, positive=True)
 TABLE = sympy.Symbol("P", integer=True, positive=True)
+SOURCE_TABLE = sympy.Symbol("Ps", integer=True, positive=True)
 PAGES = sympy.Symbol("N", integer=True, positive=True)
-SYMBOLS = (BATCH, SEQ, TOKENS, WANTED, TABLE, PAGES)
+SYMBOLS = (BATCH, SEQ, TOKENS, WANTED, TABLE, SOURCE_TABLE, PAGES)
 
 
 def product(sizes: Iterable[Size]) -> Size:

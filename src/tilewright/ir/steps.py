@@ -1,7 +1,7 @@
 """What a generation engine and a cached model say to each other: one step over packed tokens and paged keys.
 
 Sizes: B sequences in the step, T new tokens packed one sequence after another, R rows whose logits are wanted, P width
-of the page table, N pages in the pool.
+of the page table, N pages in the pool; Ps width of the table of pages that sources have.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,9 @@ class StepBatch:
             entries beyond need are 0.
         rows: [R] int32, packed rows whose logits are wanted, rising, so grouped by sequence.
         cu_rows: [B + 1] int32, the wanted rows of sequence b are rows[cu_rows[b]:cu_rows[b + 1]]; none, one or several.
+        source_table: [B, Ps] int32, of a ``SourceModel`` alone: the pages that ``read_sources`` has filled for the
+            source of each sequence; entries beyond need are 0.
+        source_lengths: [B] int32, tokens of each source.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +43,8 @@ class StepBatch:
     page_table: torch.Tensor
     rows: torch.Tensor
     cu_rows: torch.Tensor
+    source_table: torch.Tensor | None = None
+    source_lengths: torch.Tensor | None = None
 
     def check(self, *, page_size: int, pages: int, vocab_size: int, max_length: int) -> None:
         """Checks every field against the others and against the model; meant for tests and for foreign callers.
@@ -63,8 +68,12 @@ class StepBatch:
             "rows": (wanted,),
             "cu_rows": (sequences + 1,),
         }
+        if self.source_table is not None:
+            shapes |= {"source_table": (sequences, self.source_table.shape[-1]), "source_lengths": (sequences,)}
         for name, shape in shapes.items():
             tensor = getattr(self, name)
+            if tensor is None:
+                raise _wrong(name, "it is missing beside the table")
             dtype = _DTYPES.get(name, torch.int32)
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise _wrong(name, f"it is {tensor.dtype} {list(tensor.shape)}, and has to be {dtype} {list(shape)}")
@@ -87,6 +96,26 @@ class StepBatch:
         _require(_within(self.page_table, 0, pages), "page_table", f"a page is outside of [0, {pages})")
         needed = -(-int(self.seqlens_k.max()) // page_size)
         _require(self.page_table.shape[1] >= needed, "page_table", f"{needed} pages are needed, it is narrower")
+        if self.source_table is not None and self.source_lengths is not None:
+            most = self.source_table.shape[1] * page_size
+            _require(_within(self.source_table, 0, pages), "source_table", f"a page is outside of [0, {pages})")
+            _require(_within(self.source_lengths, 1, most + 1), "source_lengths", f"one is outside of [1, {most}]")
+
+
+@dataclass(frozen=True)
+class SourceBatch:
+    """Sources to be read, all at once: an encoder sees a whole text.
+
+    Attributes:
+        input_ids: [B, S] int64, padded on the right with anything in the vocabulary.
+        lengths: [B] int32, tokens of each; at least one.
+        page_table: [B, P] int32, page p of a source is to hold what belongs to its tokens [p * page_size,
+            (p + 1) * page_size); P * page_size is at least S, entries beyond need are 0.
+    """
+
+    input_ids: torch.Tensor
+    lengths: torch.Tensor
+    page_table: torch.Tensor
 
 
 @runtime_checkable
@@ -116,6 +145,25 @@ class CachedModel(Protocol):
 
         The caller may change the result.
         """
+        ...
+
+
+@runtime_checkable
+class SourceModel(CachedModel, Protocol):
+    """A model whose every sequence is written behind a source: an encoder-decoder.
+
+    What it makes of a source lies in pages of the same pool, which no step writes to.
+
+    Attributes:
+        source_vocab_size: ids of sources are below it.
+        max_source: most tokens of a source.
+    """
+
+    source_vocab_size: int
+    max_source: int
+
+    def read_sources(self, pool: Any, batch: SourceBatch) -> None:
+        """Fills the pages of sources; steps then name them in ``source_table``."""
         ...
 
 

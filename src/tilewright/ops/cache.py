@@ -18,13 +18,36 @@ from tilewright.ops.registry import register
 from tilewright.ops.traits import Flow, Traits
 
 
+def append_pages_reference(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, places: Tensor) -> Tensor:
+    """Puts keys and values into pages; operands as of ``attention_paged``.
+
+    Returns:
+        [0] int32, a token: what is to come after the pages are filled depends on it.
+    """
+    slots = value_pages.shape[2]
+    page, slot = places.long() // slots, places.long() % slots
+    key_pages[page, :, :, slot] = k.to(key_pages.dtype)
+    value_pages[page, :, slot] = v.to(value_pages.dtype)
+    return places.new_empty(0)
+
+
+append_pages = torch.library.custom_op(
+    "tilewright::append_pages", append_pages_reference, mutates_args=("key_pages", "value_pages")
+)
+
+
+@append_pages.register_fake
+def _append_pages_fake(k, v, key_pages, value_pages, places):  # type: ignore[no-untyped-def]
+    return places.new_empty(0)
+
+
 def attention_paged_reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     key_pages: Tensor,
     value_pages: Tensor,
-    places: Tensor,
+    places: Tensor | None,
     cu_seqlens_q: Tensor,
     slots_q: Tensor,
     page_table: Tensor,
@@ -38,13 +61,15 @@ def attention_paged_reference(
     Queries have rows of their own: all new tokens, or only those whose results are needed.
 
     Args:
-        q: [Tq, Hq, D]. k: [T, Hkv, D]. v: [T, Hkv, Dv]. Any strides.
+        q: [Tq, Hq, D]. k: [T, Hkv, D]. v: [T, Hkv, Dv]. Any strides. Without k, v and places nothing is written: pages
+            then hold what others have put there, as the keys of a source do for a decoder.
         key_pages: [N, Hkv, D, G], written. value_pages: [N, Hkv, G, Dv], written. Their dtype may be narrower than
             that of keys and values, which are rounded to it; all keys are read from there, the new ones too.
         places: [T] int32, ``page * G + slot % G`` of each new token.
         cu_seqlens_q: [B + 1] int32, first query row of each sequence; the last entry is Tq.
         slots_q: [Tq] int32, place of each query in its sequence, counted from 0, rising within it. A query sees the
-            keys of slots up to its own, which have all been put into pages.
+            keys of slots up to its own, which have all been put into pages. Where the query is none of the keys'
+            sequence, as over a source, it stands at the last of them and sees all.
         page_table: [B, P] int32, the page of slots [p * G, (p + 1) * G) of each sequence.
         sinks: [Hq] logits that join the softmax without a value.
         scale, softcap: as in ``attention``.
@@ -54,10 +79,9 @@ def attention_paged_reference(
         [Tq, Hq, Dv], contiguous, dtype of q.
     """
     slots = value_pages.shape[2]
-    page, slot = places.long() // slots, places.long() % slots
-    key_pages[page, :, :, slot] = k.to(key_pages.dtype)
-    value_pages[page, :, slot] = v.to(value_pages.dtype)
-    out = q.new_zeros((q.shape[0], q.shape[1], v.shape[2]))
+    if k is not None and v is not None and places is not None:
+        append_pages_reference(k, v, key_pages, value_pages, places)
+    out = q.new_zeros((q.shape[0], q.shape[1], value_pages.shape[3]))
     offsets = cu_seqlens_q.tolist()
     for sequence, (first, last) in enumerate(itertools.pairwise(offsets)):
         if first == last:
@@ -86,8 +110,8 @@ attention_paged = torch.library.custom_op(
 
 
 @attention_paged.register_fake
-def _attention_paged_fake(q, k, v, *args):  # type: ignore[no-untyped-def]
-    return q.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+def _attention_paged_fake(q, k, v, key_pages, value_pages, *args):  # type: ignore[no-untyped-def]
+    return q.new_empty((q.shape[0], q.shape[1], value_pages.shape[3]))
 
 
 def take_rows_reference(x: Tensor, rows: Tensor, cu_rows: Tensor) -> Tensor:
@@ -110,4 +134,5 @@ def _take_rows_fake(x, rows, cu_rows):  # type: ignore[no-untyped-def]
 
 
 register(torch.ops.tilewright.attention_paged.default, Traits(Flow.ATTENTION), attention_paged_reference)
+register(torch.ops.tilewright.append_pages.default, Traits(Flow.APPEND), append_pages_reference)
 register(torch.ops.tilewright.take_rows.default, Traits(Flow.PACKING), take_rows_reference)

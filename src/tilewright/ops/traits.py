@@ -21,6 +21,7 @@ class Flow(Enum):
     COLUMN = "column"  # one place of each sequence: of input 0, axis 1 is gone and all others flow
     VIEW = "view"  # moves elements without computing; each has a rule of its own
     ATTENTION = "attention"  # mixes the tokens of one sequence, given which keys are valid
+    APPEND = "append"  # puts rows into pages of the caller
     CREATE = "create"  # makes a tensor from sizes (arange, full)
     SIZE = "size"  # yields an integer, not a tensor
     PACKING = "packing"  # row index, gather and scatter of packed tokens
