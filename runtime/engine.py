@@ -18,10 +18,14 @@ from tilewright.ir.steps import CachedModel
 from tilewright.runtime.choose import Turn, choose
 from tilewright.runtime.drafts import Ask, Drafter
 from tilewright.runtime.kv_pages import PageAllocator, PageTable
-from tilewright.runtime.limits import checked_prompt, most_tokens
+from tilewright.runtime.limits import checked_prompt, checked_source, most_tokens
 from tilewright.runtime.request import Part, Request, RequestOptions, Status
 from tilewright.runtime.scheduler import Scheduler
+from tilewright.runtime.source_pages import SourcePages, read_sources
 from tilewright.runtime.step_buffers import Fill, StepBuffers
+
+Ids = Sequence[int] | np.ndarray | torch.Tensor
+"""A row of token ids, [n]."""
 
 
 @dataclass
@@ -35,6 +39,7 @@ class EngineStats:
         drafted, accepted: tokens proposed, and those that were chosen.
         preempted: how often a request lost its pages and had to compute its keys anew.
         reused: tokens whose keys were found in pages of earlier requests.
+        sources: read, for requests of an encoder-decoder.
     """
 
     steps: int = 0
@@ -44,6 +49,7 @@ class EngineStats:
     accepted: int = 0
     preempted: int = 0
     reused: int = 0
+    sources: int = 0
 
 
 class Engine:
@@ -96,30 +102,34 @@ class Engine:
         return replace(self._stats, preempted=self._scheduler.preempted, reused=self._scheduler.reused)
 
     def add_request(
-        self, prompt: Sequence[int] | np.ndarray | torch.Tensor, options: RequestOptions | None = None, **fields: Any
+        self, prompt: Ids, options: RequestOptions | None = None, *, source: Ids | None = None, **fields: Any
     ) -> Request:
         """Queues a request; the next steps work on it.
 
         Args:
             prompt: token ids, at least one.
             options: or its ``fields`` by name: ``add_request(prompt, max_new_tokens=9)``.
+            source: what an encoder-decoder reads; the prompt then begins what its decoder writes.
 
         Raises:
-            InputError: the prompt is empty, has an id out of the vocabulary, or cannot fit into context or pool
-                together with ``max_new_tokens``; or ``max_new_tokens`` is below 1.
+            InputError: prompt or source is empty, has an id out of the vocabulary, or cannot fit into context or pool
+                together with ``max_new_tokens``; there is a source and the model reads none, or the reverse; or
+                ``max_new_tokens`` is below 1.
         """
-        return self.add_requests(prompt, [replace(options or RequestOptions(), **fields)])[0]
+        return self.add_requests(prompt, [replace(options or RequestOptions(), **fields)], source=source)[0]
 
     def add_requests(
-        self, prompt: Sequence[int] | np.ndarray | torch.Tensor, options: Sequence[RequestOptions]
+        self, prompt: Ids, options: Sequence[RequestOptions], *, source: Ids | None = None
     ) -> list[Request]:
         """Several requests behind one prompt: its keys are computed once. As ``add_request`` otherwise."""
-        ids = checked_prompt(prompt, self.model.vocab_size)
-        limits = [most_tokens(self.model, self.pages, len(ids), each.max_new_tokens) for each in options]
-        requests = [
-            Request(self, next(self._arrivals), ids, limit, each, PageTable(self._allocator))
-            for limit, each in zip(limits, options, strict=True)
-        ]
+        ids, read = checked_prompt(prompt, self.model.vocab_size), checked_source(self.model, source)
+        count = 0 if read is None else len(read)
+        limits = [most_tokens(self.model, self.pages, len(ids), each.max_new_tokens, count) for each in options]
+        requests = []
+        for limit, each in zip(limits, options, strict=True):
+            pages = None if read is None else SourcePages(self._allocator, read)
+            table = PageTable(self._allocator, b"" if pages is None else pages.digest)
+            requests.append(Request(self, next(self._arrivals), ids, limit, each, table, pages))
         leader, *leader.followers = requests
         for follower in leader.followers:
             follower.leader = leader
@@ -192,6 +202,7 @@ class Engine:
             self.model.copy_pages(self._pool, source, target)
         fills = [_fill(part) for part in parts]
         with torch.no_grad():
+            self._read_sources(parts)
             logits = self.model.step(self._pool, self._buffers.fill(fills, self.model.page_size))
             self._advance(parts, logits)
         stats = self._stats
@@ -199,6 +210,13 @@ class Engine:
         stats.tokens += sum(len(fill.tokens) for fill in fills)
         stats.drafted += sum(len(part.drafts) for part in parts)
         return True
+
+    def _read_sources(self, parts: Sequence[Part]) -> None:
+        """Fills the pages of sources that nobody has read yet, all in one run."""
+        unread = [source for part in parts if (source := part.request.source) is not None and not source.ready]
+        if unread:
+            read_sources(self.model, self._pool, unread)
+            self._stats.sources += len(unread)
 
     def _advance(self, parts: Sequence[Part], logits: torch.Tensor) -> None:
         """Takes note of the computed keys, and gives tokens to the requests that are due."""
@@ -272,4 +290,4 @@ def _fill(part: Part) -> Fill:
     tokens = request.tokens[request.computed : request.computed + part.count]
     if part.drafts:
         tokens = np.array([*tokens.tolist(), *part.drafts])
-    return Fill(tokens, request.computed, request.table.pages, part.wanted)
+    return Fill(tokens, request.computed, request.table.pages, part.wanted, request.source)

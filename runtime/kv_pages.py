@@ -8,7 +8,7 @@ findable until its memory is needed: the one left longest ago goes first.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -80,9 +80,8 @@ class PageAllocator:
             self._by_digest[digest] = page
             self._digests[page] = digest
 
-    def recount(self, tables: Iterable["PageTable"]) -> None:
-        """Takes holders anew from the tables that there are: after an interruption in the middle of a change."""
-        held = [page for table in tables for page in table.pages]
+    def recount(self, held: Sequence[int]) -> None:
+        """Takes holders anew from the pages of all tables: after an interruption in the middle of a change."""
         self._holders = [0] * self.count
         for page in held:
             self._holders[page] += 1
@@ -110,13 +109,18 @@ class PageTable:
 
     Pages may be shared with other tables. A shared page is never written: ``reserve`` puts a copy in its place.
 
+    Args:
+        allocator: of the pages.
+        root: stands for what the keys of all tokens depend on besides: only pages of the same root are found.
+
     Attributes:
         pages: page p holds slots [p * page_size, (p + 1) * page_size).
     """
 
-    def __init__(self, allocator: PageAllocator) -> None:
+    def __init__(self, allocator: PageAllocator, root: bytes = b"") -> None:
         self.pages: list[int] = []
         self._allocator = allocator
+        self._root = root
         self._digests: list[bytes] = []  # of the full pages published so far
 
     def adopt_prefix(self, tokens: np.ndarray) -> int:
@@ -165,7 +169,7 @@ class PageTable:
 
     def fork(self) -> "PageTable":
         """A second table over the same pages."""
-        twin = PageTable(self._allocator)
+        twin = PageTable(self._allocator, self._root)
         for page in self.pages:
             self._allocator.hold(page)
             twin.pages.append(page)
@@ -188,5 +192,5 @@ class PageTable:
     def _digest(self, tokens: np.ndarray, index: int) -> bytes:
         """Of page ``index``, whose predecessors have theirs in ``_digests``."""
         size = self._allocator.page_size
-        before = self._digests[index - 1] if index else b""
+        before = self._digests[index - 1] if index else self._root
         return hashlib.blake2b(before + tokens[index * size : (index + 1) * size].tobytes(), digest_size=16).digest()

@@ -12,6 +12,7 @@ from torch import Tensor
 from tilewright.runtime.drafts import Drafter
 from tilewright.runtime.kv_pages import PageTable
 from tilewright.runtime.sampling import GREEDY, Sampling
+from tilewright.runtime.source_pages import SourcePages
 
 if TYPE_CHECKING:
     from tilewright.runtime.engine import Engine
@@ -65,6 +66,7 @@ class Request:
         length: tokens so far, prompt included.
         computed: tokens whose keys lie in pages.
         table: its pages.
+        source: what it is written behind, of a model that reads sources.
         status: where it stands.
         finish_reason: "eos", "length", "stop", "cancelled" or "error", once it is finished.
         error: what a processor or a stopping criterion of this request raised.
@@ -72,7 +74,14 @@ class Request:
     """
 
     def __init__(
-        self, engine: "Engine", arrival: int, prompt: np.ndarray, limit: int, options: RequestOptions, table: PageTable
+        self,
+        engine: "Engine",
+        arrival: int,
+        prompt: np.ndarray,
+        limit: int,
+        options: RequestOptions,
+        table: PageTable,
+        source: SourcePages | None = None,
     ) -> None:
         self.arrival = arrival
         self.options = options
@@ -80,6 +89,7 @@ class Request:
         self.limit = limit
         self.computed = 0
         self.table = table
+        self.source = source
         self.leader: Request | None = None
         self.followers: list[Request] = []
         self.status = Status.WAITING
@@ -120,6 +130,11 @@ class Request:
     def pending(self) -> int:
         """Tokens whose keys are not computed yet; 1 while decoding."""
         return self.length - self.computed
+
+    @property
+    def pages(self) -> list[int]:
+        """All pages it holds."""
+        return [*self.table.pages, *(self.source.pages if self.source is not None else ())]
 
     @property
     def most_drafts(self) -> int:

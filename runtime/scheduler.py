@@ -70,6 +70,7 @@ class Scheduler:
             if follower.status is not Status.WAITING or len(self.running) >= self.max_sequences:
                 continue
             follower.table = leader.table.fork()
+            follower.source = leader.source and leader.source.fork()
             follower.computed = leader.computed
             self._run(follower)
             self.waiting.remove(follower)
@@ -102,8 +103,10 @@ class Scheduler:
         for request in self.waiting:
             request.status = Status.WAITING
             request.table.pages.clear()
+            if request.source is not None:
+                request.source.pages.clear()
             self._lose_pages(request)
-        self.allocator.recount(request.table for request in self.running)
+        self.allocator.recount([page for request in self.running for page in request.pages])
 
     def _shares(self, drafts: Mapping[Request, Sequence[int]]) -> list[Part]:
         """How the budget is shared out among running requests, in the order of arrival."""
@@ -137,8 +140,8 @@ class Scheduler:
     def _admit(self, parts: list[Part]) -> None:
         """Starts waiting requests in the order of arrival, as far as sequences, budget and pages allow.
 
-        One starts only if its whole prompt fits beside a page for each running request: else it would soon be the
-        youngest that gives way.
+        One starts only if its whole prompt and its source fit beside a page for each running request: else it would
+        soon be the youngest that gives way. A source is read as a whole, so the last one may exceed the budget.
         """
         budget = self.token_budget - sum(part.count + len(part.drafts) for part in parts)
         for request in tuple(self.waiting):
@@ -147,16 +150,20 @@ class Scheduler:
             if request.leader is not None:
                 continue  # starts on its leader's pages, when these are complete
             request.computed = request.table.adopt_prefix(request.tokens)
+            unread = request.source if request.source is not None and not request.source.adopt() else None
             needed = self.allocator.pages_for(request.length) - len(request.table.pages)
+            needed += unread.count if unread is not None else 0
             if needed + len(self.running) > self.allocator.available:
                 self._lose_pages(request)
                 return
             request.table.reserve(request.computed, request.length)
+            if unread is not None:
+                unread.reserve()
             self.reused += request.computed
             self._run(request)
             self.waiting.remove(request)
             parts.append(Part(request, min(request.pending, budget)))
-            budget -= parts[-1].count
+            budget -= parts[-1].count + (len(unread.tokens) if unread is not None else 0)
 
     def _run(self, request: Request) -> None:
         request.status = Status.RUNNING
@@ -164,6 +171,8 @@ class Scheduler:
 
     def _lose_pages(self, request: Request) -> None:
         request.table.release()
+        if request.source is not None:
+            request.source.release()
         request.computed = 0
         self._dismiss_followers(request)
 

@@ -8,6 +8,7 @@ import torch
 
 from tilewright.errors import OptionError
 from tilewright.ir.steps import StepBatch
+from tilewright.runtime.source_pages import SourcePages
 
 
 class Fill(NamedTuple):
@@ -18,18 +19,20 @@ class Fill(NamedTuple):
         start: slot of the first of them.
         pages: its pages, in order, enough for all new slots.
         wanted: how many of its last rows' logits are wanted.
+        source: what it is written behind, filled; all sequences of a step have one or none has.
     """
 
     tokens: np.ndarray | Sequence[int]
     start: int
     pages: Sequence[int]
     wanted: int
+    source: SourcePages | None = None
 
 
 class StepBuffers:
     """Memory for steps of up to ``tokens`` tokens of up to ``sequences`` sequences.
 
-    The page table's width is a power of two, so that it seldom changes.
+    The width of a page table is a power of two, so that it seldom changes.
     """
 
     def __init__(self, tokens: int, sequences: int) -> None:
@@ -48,6 +51,8 @@ class StepBuffers:
         self._cu_rows = np.zeros(sequences + 1, np.int32)
         self._seqlens_k = np.empty(sequences, np.int32)
         self._table = np.zeros(sequences, np.int32)
+        self._source_lengths = np.empty(sequences, np.int32)
+        self._source_table = np.zeros(sequences, np.int32)
 
     def fill(self, fills: Sequence[Fill], page_size: int) -> StepBatch:
         """The batch of a step, valid until the next call."""
@@ -56,7 +61,7 @@ class StepBuffers:
             self._table = np.zeros(self.sequences * width, np.int32)
         table = self._table[: count * width].reshape(count, width)
         row = wanted_rows = 0
-        for index, (tokens, start, pages, wanted) in enumerate(fills):
+        for index, (tokens, start, pages, wanted, _) in enumerate(fills):
             end, stop = row + len(tokens), start + len(tokens)
             self._ids[row:end] = tokens
             self._slots[row:end] = start if end - row == 1 else np.arange(start, stop)
@@ -76,10 +81,30 @@ class StepBuffers:
             table,
             self._rows[:wanted_rows],
             self._cu_rows[: count + 1],
+            *self._sources([fill.source for fill in fills if fill.source is not None]),
         )
         return StepBatch(*map(torch.from_numpy, arrays))
+
+    def _sources(self, sources: Sequence[SourcePages]) -> tuple[np.ndarray, ...]:
+        """Table and lengths of the sources, one a sequence; nothing if there are none."""
+        if not sources:
+            return ()
+        count, width = len(sources), _power_of_two(max(len(source.pages) for source in sources))
+        if len(self._source_table) < count * width:
+            self._source_table = np.zeros(self.sequences * width, np.int32)
+        table = self._source_table[: count * width].reshape(count, width)
+        for index, source in enumerate(sources):
+            table[index, : len(source.pages)] = source.pages
+            table[index, len(source.pages) :] = 0
+            self._source_lengths[index] = len(source.tokens)
+        return table, self._source_lengths[:count]
 
     @staticmethod
     def _width(fills: Sequence[Fill], page_size: int) -> int:
         longest = max(fill.start + len(fill.tokens) for fill in fills)
-        return 1 << (-(-longest // page_size) - 1).bit_length()
+        return _power_of_two(-(-longest // page_size))
+
+
+def _power_of_two(count: int) -> int:
+    """The least that is not below a count of at least one."""
+    return 1 << (count - 1).bit_length()

@@ -11,7 +11,13 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from tilewright.cli import generate
 from tilewright.cli.generate import Opened, Outcome, prompt_ids, report, stream
@@ -125,6 +131,25 @@ def test_the_command(folder: Path) -> None:
     assert made["new tokens"] == 9
     assert made["bytes read a token"] > 4 * (12 * 32 * 32 + 64 * 32)
     assert "no tokens" in tilewright("generate", str(folder), "--prompt", "", code=1)
+
+
+def test_an_encoder_decoder_reads_the_prompt(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    halves = {f"{half}_{name}": n for half in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 48))}
+    config = BartConfig(vocab_size=64, d_model=32, **halves, encoder_attention_heads=2, decoder_attention_heads=2)
+    for name in ("bos_token_id", "eos_token_id", "forced_eos_token_id"):
+        setattr(config, name, None)
+    config.decoder_start_token_id = config.pad_token_id = 1
+    model = BartForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(12 if parameter.dim() > 1 else 1)
+    model.save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    ids = _tokenizer()("Abcde", return_tensors="pt")["input_ids"]
+    made = json.loads(tilewright("generate", str(tmp_path), "--prompt", "Abcde", "--max-new-tokens", "9", "--json"))
+    assert made["text"] == _tokenizer().decode(model.generate(ids, max_new_tokens=9)[0, 1:])
+    assert (made["prompt tokens"], made["new tokens"]) == (5, 9)
 
 
 def test_options_of_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

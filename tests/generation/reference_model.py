@@ -75,10 +75,11 @@ class ReferenceModel:
             table = batch.page_table[index].long()
             ids = pool[table].reshape(-1)[:length]
             assert (ids != EMPTY).all(), "a slot is read that was never written"
-            logits.append(self._logits(ids)[batch.slots[rows].long()])
+            logits.append(self._logits(pool, batch, index, ids)[batch.slots[rows].long()])
         return torch.cat(logits).clone() if logits else torch.empty(0, self.vocab_size)
 
-    def _logits(self, ids: Tensor) -> Tensor:
+    def _logits(self, pool: Tensor, batch: StepBatch, index: int, ids: Tensor) -> Tensor:
+        """Of all tokens ``ids`` of sequence ``index``."""
         key = (self.model, tuple(ids.tolist()))
         if key not in _LOGITS:
             _LOGITS[key] = self.model(ids[None]).logits[0]

@@ -69,7 +69,7 @@ class Sequences(RuleBasedStateMachine):
     @rule()
     def interrupt(self) -> None:
         lost = self.allocator.take()  # held by no table: as if the caller had been stopped before it took note
-        self.allocator.recount(table for table, _ in self.live)
+        self.allocator.recount([page for table, _ in self.live for page in table.pages])
         assert lost is None or self.allocator.holders(lost) == 0
 
     @invariant()

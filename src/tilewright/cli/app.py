@@ -140,7 +140,7 @@ def export(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a local folder, a hub name, or a .gguf file")],
-    prompt: Annotated[str, typer.Option(help="the text to go on from")],
+    prompt: Annotated[str, typer.Option(help="the text to go on from, or that an encoder-decoder reads")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens to make")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
     sample: Annotated[bool | None, typer.Option("--sample/--greedy", help="default: as the model says")] = None,
@@ -157,7 +157,7 @@ def generate(
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
-    """Stream the text that MODEL writes behind a prompt, and show how fast."""
+    """Stream the text that MODEL writes behind a prompt or, as an encoder-decoder, about it; and show how fast."""
     from tilewright.cli import generate as command
     from tilewright.cli import show
 

@@ -11,9 +11,8 @@ import transformers
 from transformers import TextStreamer
 
 from tilewright.cli.app import parse_dtype
-from tilewright.driver.generation import TextGenerator
+from tilewright.driver.generators import generator_of, steps_of
 from tilewright.driver.options import CompileOptions
-from tilewright.driver.steps import compile_steps
 from tilewright.driver.traffic import Traffic, read_bandwidth, traffic
 from tilewright.errors import InputError, OptionError, TilewrightError
 from tilewright.models.load import Loaded, load_model
@@ -39,7 +38,7 @@ class Outcome:
     """What was made of a prompt.
 
     Attributes:
-        prompt_tokens: of the prompt.
+        prompt_tokens: of the prompt; of an encoder-decoder, of its source.
         text: made, without the prompt.
         times: seconds from the start to each new token.
         stopped: whether Ctrl-C ended it.
@@ -95,11 +94,11 @@ def compile_model(opened: Loaded, opt_level: int, gemm: str, dtype: str | None) 
     """Compiles a model so that it generates.
 
     Raises:
-        CacheRefused: it is no causal language model.
+        CacheRefused: it is no language model that can go on from tokens it has seen.
     """
     model, stored = opened.model, opened.stored.stored if opened.stored is not None else None
-    steps = compile_steps(model, CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm), stored=stored)
-    return Opened(TextGenerator(steps, model.config, model.generation_config), opened.tokenizer, traffic(steps))
+    steps = steps_of(model, CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm), stored=stored)
+    return Opened(generator_of(model, steps), opened.tokenizer, traffic(steps))
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:

@@ -106,9 +106,8 @@ def compile(
 
     Returns:
         A ``CompiledModel``: a callable that takes what the model takes and returns the same output class with the same
-        fields. Masked positions of per-token outputs are 0. A causal model also has ``generate``, as transformers has
-        it. Of a pipeline, a copy of its own class whose transformers
-        models are compiled.
+        fields. Masked positions of per-token outputs are 0. A causal model, and an encoder-decoder, has ``generate`` as
+        transformers has it. Of a pipeline, a copy of its own class whose transformers models are compiled.
 
     Raises:
         OptionError: an option has a value that is not a choice.

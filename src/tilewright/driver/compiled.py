@@ -11,9 +11,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from tilewright.driver.generation import TextGenerator
+from tilewright.driver.generators import generator_of, steps_of
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.precision import precision_of, round_results
-from tilewright.driver.steps import StepModel, compile_steps
+from tilewright.driver.steps import StepModel
 from tilewright.errors import CacheRefused, CaptureError, InputError, PackingRefused
 from tilewright.ir.graph import GraphInfo, info
 from tilewright.ir.program import EagerStep
@@ -147,7 +148,7 @@ class CompiledModel:
         The first call compiles the model into steps.
 
         Raises:
-            CacheRefused: it is no causal model that can go on from tokens it has seen; says at which node.
+            CacheRefused: it cannot go on from tokens it has seen; says at which node.
             OptionError, InputError, ValueError: as of ``TextGenerator.generate``.
         """
         return self.generator.generate(*args, **kwargs)
@@ -170,18 +171,18 @@ class CompiledModel:
         """Generates text; the first use compiles the model into steps.
 
         Raises:
-            CacheRefused: it is no causal model that can go on from tokens it has seen; says at which node.
+            CacheRefused: it cannot go on from tokens it has seen; says at which node.
         """
         with self._lock:
             if self._generator is None:
-                self._generator = TextGenerator(self.steps(), self.config, self.model.generation_config)
+                self._generator = generator_of(self.model, self.steps())
             return self._generator
 
     def steps(self) -> StepModel:
         """The model compiled into steps of generation, anew: what an engine drives.
 
         Raises:
-            CacheRefused: it is no causal model that can go on from tokens it has seen; says at which node.
+            CacheRefused: it cannot go on from tokens it has seen; says at which node.
         """
         if not getattr(self.model, "can_generate", bool)():
             kind = type(self.model).__name__
@@ -189,9 +190,7 @@ class CompiledModel:
                 f"{kind} cannot generate", why="it is no language model", hint="compile one, such as a ...ForCausalLM"
             )
         stored = self.stored.stored if self.stored is not None else None
-        return compile_steps(
-            self.model, self.options, stored=stored, observers=self._observers, progress=self._progress
-        )
+        return steps_of(self.model, self.options, stored=stored, observers=self._observers, progress=self._progress)
 
     def warmup(self) -> None:
         """Runs once on a tiny input, so that memory is touched and lazily loaded code is in place."""

@@ -6,13 +6,12 @@ to the engine as a request; beam search is transformers' own loop over page tabl
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -24,13 +23,13 @@ from tilewright.driver.generation_options import (
     padding_id,
     split_criteria,
 )
-from tilewright.driver.generation_padding import own_tokens, pads_to_the_left
+from tilewright.driver.generation_padding import Text, own_tokens, pads_to_the_left
 from tilewright.driver.generation_requests import Submission, output, run
 from tilewright.errors import InputError, OptionError
-from tilewright.ir.steps import CachedModel
+from tilewright.ir.steps import CachedModel, SourceModel
 from tilewright.runtime.drafts import Drafter, DraftModel, PromptLookup
 from tilewright.runtime.engine import Engine
-from tilewright.runtime.limits import checked_prompt, most_tokens
+from tilewright.runtime.limits import checked_prompt, checked_source, most_tokens
 from tilewright.runtime.request import Request, RequestOptions
 from tilewright.runtime.sampling import Sampling
 
@@ -171,10 +170,10 @@ class TextGenerator(_Mixin):
         drafter: Drafter | None = None,
         draft_tokens: int = 0,
         **kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> Any:
         """Greedy decoding and sampling: each row is a request."""
         config = generation_config
-        rows, columns = own_tokens(input_ids, attention_mask), input_ids.shape[1]
+        texts, columns = self._texts(input_ids, attention_mask, kwargs), input_ids.shape[1]
         longest, eos, stop = split_criteria(stopping_criteria)
         new = config.max_length - columns if longest is None else longest - columns
         keep = bool(config.return_dict_in_generate)
@@ -182,20 +181,23 @@ class TextGenerator(_Mixin):
             RequestOptions(
                 max_new_tokens=new,
                 eos_token_ids=eos,
-                sampling=Sampling(logits_processor.of_sequence(index, row, columns - len(row)), bool(config.do_sample)),
+                sampling=Sampling(
+                    logits_processor.of_sequence(index, each.prompt, columns - len(each.prompt), each.source),
+                    bool(config.do_sample),
+                ),
                 stop=stop,
                 drafter=drafter,
                 draft_tokens=draft_tokens,
                 keep_logits=keep and bool(config.output_logits),
                 keep_scores=keep and bool(config.output_scores),
             )
-            for index, row in enumerate(rows)
+            for index, each in enumerate(texts)
         ]
-        pages = sum(-(-(len(row) + new) // self.cached_model.page_size) for row in rows)
-        engine = self._engine_of(pages, rows, new)
+        engine = self._engine_of(sum(each.pages(self.cached_model.page_size, new) for each in texts), texts, new)
         copies, requests = config.num_return_sequences, []
-        for first in range(0, len(rows), copies):
-            requests += engine.add_requests(rows[first], options[first : first + copies])
+        for first in range(0, len(texts), copies):
+            text = texts[first]
+            requests += engine.add_requests(text.prompt, options[first : first + copies], source=text.source)
         if isinstance(streamer, Submission):
             streamer.requests = requests
             return input_ids
@@ -210,7 +212,7 @@ class TextGenerator(_Mixin):
         assistant_model: Any = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | Tensor:
+    ) -> Any:
         """Speculative decoding: as ``_sample``, with drafts out of the prompt or by a smaller model."""
         config = generation_config
         drafter: Drafter
@@ -239,12 +241,13 @@ class TextGenerator(_Mixin):
     ) -> Any:
         """Transformers' own search. It has the engine to itself: requests wait until it is over."""
         beams, model = generation_config.num_beams, self.cached_model
-        prompts = own_tokens(input_ids, attention_mask)[::beams]
+        texts = self._texts(input_ids, attention_mask, kwargs)[::beams]
+        sources = [each.source for each in texts if each.source is not None]
         new = generation_config.max_length - input_ids.shape[1]
-        pages = pages_of_search(model, [len(row) for row in prompts], beams, new)
-        engine = self._engine_of(pages, prompts, new)
+        pages = pages_of_search(model, [len(each.prompt) for each in texts], beams, new, list(map(len, sources)))
+        engine = self._engine_of(pages, texts, new)
         with engine.exclusive(pages) as (allocator, pool):
-            cache = BeamCache(model, allocator, pool, len(input_ids), beams, self._token_budget)
+            cache = BeamCache(model, allocator, pool, len(input_ids), beams, self._token_budget, sources)
             found = super()._beam_search(
                 input_ids,
                 generation_config=generation_config,
@@ -256,6 +259,10 @@ class TextGenerator(_Mixin):
             return found
         return type(found)(**{name: value for name, value in found.items() if name != "past_key_values"})
 
+    def _texts(self, input_ids: Tensor, attention_mask: Tensor | None, given: Mapping[str, Any]) -> list[Text]:
+        """What each row is, without its masked places."""
+        return [Text(row) for row in own_tokens(input_ids, attention_mask)]
+
     def _check_assistant(self, assistant: Any) -> None:
         if assistant is None:
             return
@@ -266,6 +273,12 @@ class TextGenerator(_Mixin):
                 why=f"it is a {type(assistant).__name__}",
                 hint="compile it too, and give what was compiled",
             )
+        if isinstance(draft, SourceModel):
+            raise OptionError(
+                "assistant_model reads sources",
+                why="a draft goes on from the tokens so far, and is given nothing else",
+                hint="use a causal model of the same vocabulary, or prompt_lookup_num_tokens",
+            )
         if draft.vocab_size != self.cached_model.vocab_size:
             raise OptionError(
                 "assistant_model has another vocabulary",
@@ -273,15 +286,16 @@ class TextGenerator(_Mixin):
                 hint="use a draft model of the same tokenizer",
             )
 
-    def _engine_of(self, pages: int, prompts: Sequence[Tensor] = (), new: int = 1) -> Engine:
+    def _engine_of(self, pages: int, texts: Sequence[Text] = (), new: int = 1) -> Engine:
         """The engine; a new one, with more pages, if their number is free and the call needs more.
 
         Raises:
-            InputError: one of the prompts cannot run, with so many new tokens; before any of them is queued.
+            InputError: one of the texts cannot run, with so many new tokens; before any of them is queued.
         """
-        for prompt in prompts:
-            ids = checked_prompt(prompt, self.cached_model.vocab_size)
-            most_tokens(self.cached_model, self._pages, len(ids), new)
+        for text in texts:
+            ids = checked_prompt(text.prompt, self.cached_model.vocab_size)
+            source = checked_source(self.cached_model, text.source)
+            most_tokens(self.cached_model, self._pages, len(ids), new, 0 if source is None else len(source))
         with self._growing:
             made = self._engine
             if made is None or (self._pages is None and made.pages < pages):

@@ -29,6 +29,8 @@ _REFUSED = {
     "token_healing": "it generates inside of generate",
     "past_key_values": "keys and values lie in the engine's pages, which find known prompts by themselves",
     "inputs_embeds": "pages are found by token ids",
+    "decoder_inputs_embeds": "pages are found by token ids",
+    "encoder_outputs": "what is made of a source lies in the engine's pages, which find known sources by themselves",
     "custom_generate": "it brings a decoding loop of its own",
     "negative_prompt_ids": "it runs the model a second time beside each step",
     "negative_prompt_attention_mask": "it runs the model a second time beside each step",
@@ -88,12 +90,16 @@ class SequenceProcessors(LogitsProcessorList):
         self._config = config
         self._given = given
 
-    def of_sequence(self, index: int, ids: Tensor, padding: int) -> Sequence[Processor]:
-        """Processors of row ``index``, whose own tokens are ``ids`` [n] behind ``padding`` masked places."""
+    def of_sequence(self, index: int, ids: Tensor, padding: int, source: Tensor | None = None) -> Sequence[Processor]:
+        """Processors of row ``index``, whose own tokens are ``ids`` [n] behind ``padding`` masked places.
+
+        Some count what stands in ``source`` [m], where there is one, and in the prompt otherwise.
+        """
         config = copy.copy(self._config)
         config.max_length = self._config.max_length - padding
         config.min_length = max(0, (self._config.min_length or 0) - padding)
-        given = self._given | {"input_ids_seq_length": len(ids), "encoder_input_ids": ids[None], "model_kwargs": {}}
+        encoded = ids if source is None else source
+        given = self._given | {"input_ids_seq_length": len(ids), "encoder_input_ids": encoded[None], "model_kwargs": {}}
         allowed = self._given.get("prefix_allowed_tokens_fn")
         if allowed is not None:
             given["prefix_allowed_tokens_fn"] = lambda _, tokens: allowed(index, tokens)

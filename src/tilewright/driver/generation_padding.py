@@ -32,6 +32,24 @@ class Moved:
         return result
 
 
+@dataclass(frozen=True)
+class Text:
+    """One row of a call.
+
+    Attributes:
+        prompt: [n] ids that stand in front of the new tokens.
+        source: [m] ids that they are written behind, for a model that reads sources.
+    """
+
+    prompt: Tensor
+    source: Tensor | None = None
+
+    def pages(self, page_size: int, new: int) -> int:
+        """Most pages it takes with so many new tokens."""
+        read = 0 if self.source is None else -(-len(self.source) // page_size)
+        return read - (-(len(self.prompt) + new) // page_size)
+
+
 def pads_to_the_left(ids: Tensor | None, mask: Tensor | None) -> Moved | None:
     """The batch with masked places moved to the left; None if there is nothing to move."""
     if ids is None or mask is None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.generation.streamers import BaseStreamer
 
 from tilewright.runtime.engine import Engine
@@ -65,7 +65,7 @@ def _stream(requests: Sequence[Request], streamer: BaseStreamer, pad: int, sent:
 
 def output(
     input_ids: Tensor, requests: Sequence[Request], config: GenerationConfig, pad: int
-) -> GenerateDecoderOnlyOutput | Tensor:
+) -> GenerateDecoderOnlyOutput | GenerateEncoderDecoderOutput | Tensor:
     """What transformers returns: prompts and new tokens, shorter rows padded; scores and logits where asked for.
 
     Where a row has ended its scores and logits are 0.
@@ -80,7 +80,8 @@ def output(
         columns["scores"] = _columns([request.scores for request in requests])
     if config.output_logits:
         columns["logits"] = _columns([request.logits for request in requests])
-    return GenerateDecoderOnlyOutput(**columns)
+    kind = GenerateDecoderOnlyOutput if requests[0].source is None else GenerateEncoderDecoderOutput
+    return kind(**columns)
 
 
 def _columns(rows: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
