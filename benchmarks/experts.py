@@ -3,7 +3,10 @@
 Contenders compute the same layer from the same weights and take turns in one process, at several numbers of tokens:
 
 - one-hot: the form of GShard and DeepSpeed-MoE's baseline: a tensor [tokens, experts, capacity] of ones and zeros takes
-  tokens to experts and back by two einsums. The capacity is what the fullest expert needs, so nothing is dropped.
+  tokens to experts and back by two einsums. The capacity is what the fullest expert needs, found by looking, so nothing
+  is dropped: DeepSpeed's ``drop_tokens=False``.
+- dropping: the same with the capacity that DeepSpeed takes by default: the mean number of rows of an expert, or 4.
+  What an expert gets above that is left out, so the result is another; it is not compared.
 - all experts: every expert computes every token, and a one-hot sum weighs them.
 - loop, grouped_mm: transformers' own, which loop over experts, or sort rows and call torch's grouped product.
 
@@ -26,7 +29,8 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 import tilewright
 
 TARGET = 6.0  # over the one-hot form
-PEERS = ["one-hot", "all experts", "loop", "grouped_mm"]
+PEERS = ["one-hot", "dropping", "all experts", "loop", "grouped_mm"]
+LEAST_CAPACITY = 4
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -40,7 +44,7 @@ def made(config: OlmoeConfig, dtype: torch.dtype) -> Any:
     return block.to(dtype)
 
 
-def one_hot_layer(block: Any) -> Layer:
+def one_hot_layer(block: Any, drops: bool) -> Layer:
     """Rows to experts and back by products with a tensor of ones and zeros."""
 
     def run(x: Tensor) -> Tensor:
@@ -49,8 +53,9 @@ def one_hot_layer(block: Any) -> Layer:
         count = block.experts.num_experts
         taken = one_hot(chosen, count)  # [T, k, E]
         place = taken.flatten(0, 1).cumsum(0).view_as(taken) * taken  # from 1, by expert
-        capacity = int(place.max())
-        slots = one_hot(place, capacity + 1)[..., 1:].to(rows.dtype)  # [T, k, E, C]
+        capacity = max(LEAST_CAPACITY, -(-chosen.numel() // count)) if drops else int(place.max())
+        # Slot 0 is of rows that are not with the expert, the last of those above the capacity.
+        slots = one_hot(place.clamp(max=capacity + 1), capacity + 2)[..., 1:-1].to(rows.dtype)  # [T, k, E, C]
         dispatch = slots.sum(1)
         combine = torch.einsum("tkec,tk->tec", slots, weights.to(rows.dtype))
         given = torch.einsum("tec,th->ech", dispatch, rows)
@@ -112,7 +117,8 @@ def main() -> None:
 def _table(block: Any, name: str, given: argparse.Namespace) -> None:
     ours = tilewright.compile(block, gemm="triton")
     loop = transformers_layer(block, "eager")
-    forms = [one_hot_layer(block), all_experts_layer(block), loop, transformers_layer(block, "grouped_mm")]
+    forms = [*(one_hot_layer(block, drops) for drops in (False, True)), all_experts_layer(block)]
+    forms += [loop, transformers_layer(block, "grouped_mm")]
     peers = [key for key in PEERS if key in given.peers]
     calls = {"ours": ours, **{key: form for key, form in zip(PEERS, forms, strict=True) if key in peers}}
     print(f"\n{name}; peers' time over ours\n\n| tokens | ours | {' | '.join(peers)} | GB/s |")
@@ -126,6 +132,8 @@ def _table(block: Any, name: str, given: argparse.Namespace) -> None:
         x = torch.randn(1, tokens, given.hidden, dtype=dtype)
         expected = loop(x).float()
         for key, call in calls.items():
+            if key == "dropping":
+                continue
             # The median over rows: in bf16 scores are often equal, and then the router's choice is anybody's.
             error = (call(x).float() - expected).abs().amax(-1).median() / expected.abs().max()
             if error > (1e-4 if dtype == torch.float32 else 3e-2):

@@ -1,15 +1,18 @@
 """Grouped GEMM kernels: ``epilogue(x[row] @ weight[expert of the row].T)``.
 
-A program computes the columns of one tile for all rows of one expert: it goes over them in tiles of many rows, and
-over the rest in tiles of few. So a panel of a weight is read from memory once however many rows there are, and not at
-all where there are none. The table of rows gives the place of each; x is read and results are stored there, so rows are
-never moved, and an epilogue finds its other operands as it would behind any product.
+A program computes the columns of one tile for all rows of one expert. So a panel of a weight is read from memory once
+however many rows there are, and not at all where there are none. Tiles are tall, and of the last one only the rows
+that there are get computed. The table of rows gives the place of each; x is read and results are stored there, so rows
+are never moved, and an epilogue finds its other operands as it would behind any product.
 """
+
+from dataclasses import replace
 
 from torch.fx import Node
 
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.emit_gemm import (
+    LEAST_STEP,
     Product,
     Tile,
     WeightTiles,
@@ -32,9 +35,10 @@ from tilewright.ir.program import KernelStep
 from tilewright.ir.sizes import ceil_div, product
 from tilewright.ops import Flow, traits_of
 
-# Rows of the tiles that go over an expert's rows, and over what is left of them.
-_MANY = "triton"
-_FEW = "triton_few"
+# Tall tiles pass over a panel once, and half the step along K leaves room in a first-level cache for the half that
+# follows, which is brought there meanwhile: a program's work is to read its panel from memory.
+_VARIANT = "triton_many"
+_STEPS = 2
 
 
 def emit_experts(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep, ...]:
@@ -53,24 +57,24 @@ def emit_experts(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep,
     kind, source = fact(anchor, TensorType), fact(arguments(anchor)["input"], TensorType)
     n, k = static_size(kind.shape[-1], anchor), static_size(source.shape[-1], anchor)
     count = static_size(fact(arguments(anchor)["weight"], TensorType).shape[0], anchor)
-    many, few = (tile_for(source.dtype, variant, k) for variant in (_MANY, _FEW))
-    writer = KernelWriter(2, register_columns=0, loop_columns=many.k)
-    writer.reserve("acc", "panel_ptr", "expert", "first", "begin", "end", "whole", "sorted_rows", "sorted_mask")
+    tile = tile_for(source.dtype, _VARIANT, k)
+    tile = replace(tile, k=max(tile.k // _STEPS, LEAST_STEP))
+    writer = KernelWriter(2, register_columns=0, loop_columns=tile.k)
+    writer.reserve("acc", "panel_ptr", "expert", "first", "begin", "end", "sorted_rows", "sorted_mask")
     writer.reserve("cols", "cols_mask", "ks", "k_rows", "k_rows_mask", "k_groups", "neighbours", "grouped")
     evaluator = Evaluator(call.graph, writer, inputs)
-    tiles = ceil_div(n, many.n)
-    column, expert = _define_program(evaluator, anchor, n, count, many)
+    tiles = ceil_div(n, tile.n)
+    column, expert = _define_program(evaluator, anchor, n, count, tile)
     panel = f"(expert.to(tl.int64) * {tiles} + tl.program_id(0))"
-    weight = WeightTiles(evaluator, builder, anchor, column, k, many, panel, (expert,))
+    weight = WeightTiles(evaluator, builder, anchor, column, k, tile, panel, (expert,))
     results = [peel(node, view, inputs) for node, view in call.results()]
-    for tile, height, begin, end in ((many, "BLOCK_M", "begin", "whole"), (few, "BLOCK_FEW", "whole", "end")):
-        with writer.block(f"for first in range({begin}, {end}, {height}):"):
-            row = _define_rows(evaluator, anchor, height, masked=tile is few)
-            leading = fact(anchor, TensorType).shape[:-1]
-            multiply(evaluator, anchor, without_ones(unravel(row, leading), source.shape[:-1]), k, tile, weight, height)
-            evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, sum_dtype(source.dtype))
-            for result in results:
-                store_tile(evaluator, result, anchor, row, column)
+    with writer.block("for first in range(begin, end, BLOCK_M):"):
+        row = _define_rows(evaluator, anchor)
+        leading = fact(anchor, TensorType).shape[:-1]
+        multiply(evaluator, anchor, without_ones(unravel(row, leading), source.shape[:-1]), k, tile, weight)
+        evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, sum_dtype(source.dtype))
+        for result in results:
+            store_tile(evaluator, result, anchor, row, column)
     step = finish(
         writer,
         family="experts",
@@ -89,9 +93,7 @@ def emit_experts(call: RegionCall, builder: ProgramBuilder) -> tuple[KernelStep,
 def _define_program(evaluator: Evaluator, anchor: Node, n: int, count: int, tile: Tile) -> tuple[Index, Index]:
     """The program's columns and expert, and the places of the expert's rows in the table."""
     writer = evaluator.writer
-    writer.constants.update(
-        BLOCK_M=tile.m, BLOCK_FEW=tile_for(fact(anchor, TensorType).dtype, _FEW, 1).m, BLOCK_N=tile.n
-    )
+    writer.constants.update(BLOCK_M=tile.m, BLOCK_N=tile.n)
     writer.statement("expert = tl.program_id(1)")
     expert = writer.define(Var("expert", count))
     writer.statement("cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]")
@@ -102,17 +104,15 @@ def _define_program(evaluator: Evaluator, anchor: Node, n: int, count: int, tile
     offsets = arguments(anchor)["offsets"]
     for name, place in (("begin", expert), ("end", expert + 1)):
         writer.statement(f"{name} = {evaluator.value(offsets, (place,)).text}")
-    writer.statement("whole = begin + (end - begin) // BLOCK_M * BLOCK_M")
     return column, expert
 
 
-def _define_rows(evaluator: Evaluator, anchor: Node, height: str, masked: bool) -> Index:
+def _define_rows(evaluator: Evaluator, anchor: Node) -> Index:
     """The rows of a tile: their places in the table, and their numbers among all rows."""
     writer = evaluator.writer
-    writer.statement(f"sorted_rows = first + tl.arange(0, {height})[:, None]")
-    if masked:
-        writer.statement("sorted_mask = sorted_rows < end")
+    writer.statement("sorted_rows = first + tl.arange(0, BLOCK_M)[:, None]")
+    writer.statement("sorted_mask = sorted_rows < end")
     order = arguments(anchor)["order"]
     shape = fact(order, TensorType).shape
-    place = writer.define(Var("sorted_rows", product(shape), 0, height, "sorted_mask" if masked else None))
+    place = writer.define(Var("sorted_rows", product(shape), 0, "BLOCK_M", "sorted_mask"))
     return evaluator.loaded_index(order, unravel(place, shape), product(shape))

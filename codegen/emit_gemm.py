@@ -58,7 +58,7 @@ _TILES = {
 _ROWS = {"triton_one": 1, "triton_few": 4, "triton": 16, "triton_many": 64}
 # With weights in block formats, eight rows cost hardly more than four: unpacking is for all rows of a tile.
 _BLOCK_ROWS = {"triton_one": 1, "triton_few": 4, "triton": 8, "triton_many": 32}
-_LEAST_STEP = 32
+LEAST_STEP = 32
 _PANEL = "tl.program_id(1).to(tl.int64)"
 
 
@@ -70,7 +70,7 @@ def tile_for(dtype: torch.dtype, variant: str, k: int) -> Tile:
     if dtype not in _TILES:
         raise CodegenError(f"no GEMM kernel for elements of type {dtype}")
     columns, longest = _TILES[dtype]
-    steps = [longest >> shift for shift in range(longest.bit_length()) if longest >> shift >= _LEAST_STEP]
+    steps = [longest >> shift for shift in range(longest.bit_length()) if longest >> shift >= LEAST_STEP]
     step = next((block for block in steps if k % block == 0), 64)
     return Tile(_ROWS[variant], columns, step)
 
@@ -228,26 +228,25 @@ def multiply(
     k: int,
     tile: Tile,
     weight: "WeightTiles",
-    height: str = "BLOCK_M",
 ) -> None:
     """The loop over K, which leaves the product in ``acc``; a rest that does not fill a block is one turn with masks.
 
     Args:
         row: index of the tile's rows among the leading axes of the anchor's input.
-        height: name of the constant with the number of these rows.
     """
     writer = evaluator.writer
     source = fact(arguments(anchor)["input"], TensorType)
     writer.column_names[k] = "ks"
     # The product is written inside the loops, so its start stands in front of them.
-    writer.statement(f"acc = tl.zeros([{height}, BLOCK_N], {TL_TYPES[sum_dtype(source.dtype)]})")
+    writer.statement(f"acc = tl.zeros([BLOCK_M, BLOCK_N], {TL_TYPES[sum_dtype(source.dtype)]})")
     whole = k // tile.k * tile.k
     for begin, end in ((0, whole), (whole, k)):
         if begin < end:
             with writer.block(f"for start in range({begin}, {end}, BLOCK_KS):"):
                 column = define_columns(writer, "ks", k, tile.k, "start", masked=end != whole)
-                x = evaluator.raw(arguments(anchor)["input"], (*row, column), source.dtype)
-                left = _full_tile(writer, x, f"{height}, BLOCK_KS")
+                # Rows beyond the last are not stored, so they may be anything; columns of x meet rows of the weight.
+                x = evaluator.raw(arguments(anchor)["input"], (*row, column), source.dtype, fill=end != whole)
+                left = _full_tile(writer, x, "BLOCK_M, BLOCK_KS")
                 w = weight.load(masked=end != whole)
                 writer.statement(f"acc = {dot(left, w, 'acc', source.dtype)}")
 

@@ -89,12 +89,16 @@ class Evaluator:
             text = self.writer.emit(hint, _cast(value.text, kind), value.deps)
         return Register(text, dtype, value.deps)
 
-    def raw(self, node: Node, index: tuple[Index, ...], dtype: torch.dtype) -> Register:
-        """The value in the type it is stored in, as an operand of a matrix product."""
+    def raw(self, node: Node, index: tuple[Index, ...], dtype: torch.dtype, fill: bool = True) -> Register:
+        """The value in the type it is stored in, as an operand of a matrix product.
+
+        Args:
+            fill: what a mask leaves out is 0; else it is undefined where the value is only loaded.
+        """
         while node not in self.inputs and node not in self.bindings and views.is_view(node):
             node, index = views.source_index(node, index, arguments(node), size_of)
         if node in self.inputs and self.inputs[node][1] == dtype:
-            return self.load(*self.inputs[node], index, role(node), raw=True)
+            return self.load(*self.inputs[node], index, role(node), raw=True, fill=fill)
         return self.number(node, index, dtype)
 
     def is_stored(self, node: Node) -> bool:
@@ -110,8 +114,10 @@ class Evaluator:
         yield
         self._guards = before
 
-    def load(self, view: View, dtype: torch.dtype, index: Sequence[Index], hint: str, raw: bool = False) -> Register:
-        """Loads from a view at an index; where index variables do not count, the value is 0.
+    def load(
+        self, view: View, dtype: torch.dtype, index: Sequence[Index], hint: str, raw: bool = False, fill: bool = True
+    ) -> Register:
+        """Loads from a view at an index; where index variables do not count, the value is 0, undefined if not ``fill``.
 
         Half types are widened to their compute dtype unless ``raw``.
         """
@@ -128,7 +134,7 @@ class Evaluator:
             where_true.append(guard.text)
             deps |= guard.deps
         address = f"{pointer} + {writer.index_text(place)}" if place != constant(0) else pointer
-        mask_text = f", mask={' & '.join(where_true)}, other=0" if where_true else ""
+        mask_text = f", mask={' & '.join(where_true)}{', other=0' if fill else ''}" if where_true else ""
         held = dtype if raw else compute_dtype(dtype)
         widen = f".to({TL_TYPES[held]})" if held != dtype else ""
         return Register(writer.emit(hint, f"tl.load({address}{mask_text}){widen}", deps), held, deps)

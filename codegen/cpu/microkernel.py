@@ -5,10 +5,11 @@ A register-blocked outer product (Goto and van de Geijn, "Anatomy of High-Perfor
 which each value of A is broadcast and multiplied with the vectors of one row of B.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tilewright.codegen.cpu.microkernel_amx import AmxDot, TileShape, tile_shape
+from tilewright.codegen.cpu.microkernel_columns import FIRST_CACHE, SECOND_CACHE, Ahead, Columns
 from tilewright.codegen.cpu.microkernel_ir import BYTES, LLVM_TYPES, IrText, powers_of_two, vector
 from tilewright.codegen.cpu.microkernel_pack import Pack
 from tilewright.codegen.cpu.microkernel_step import (
@@ -29,6 +30,8 @@ _INTEGERS = ("i8", "i16", "i32")
 BYTES_OF_WORD = 4
 # Products take 4 cycles and two begin in each: with fewer sums at work, units wait.
 _LEAST_ACCUMULATORS = 8
+# Tiles of B up to this size are read ahead into the first cache, where there is room for two.
+_HALF_CACHE = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class TileDot:
         b_apart: rows of a "kn" B are far apart in memory. Each panel is copied together before it is used, so that it
             stays in the first-level cache, few sets of which hold rows that are a multiple of a page apart.
         b_positive: no value of an i8 B is below zero.
-        b_ahead: what follows B in memory is read next: it is prefetched where B is used for few rows, so that reading
-            it is most of the work.
+        b_ahead: what follows B in memory is read next, and is prefetched: what lies a little further where B is used
+            for one block of rows, so that reading it is most of the work; else the tile that follows, each block of
+            rows a part of it, so that memory is busy all the time.
         ragged: only the first rows of the sums are wanted, their number is one more parameter. The others keep what
             they hold, or get it added to as well.
     """
@@ -204,9 +208,9 @@ def _emit_tiles(ir: IrText, spec: TileDot, step: Step, a: _TileA, target: CpuTar
     def panel(column: str, lanes: Sequence[int]) -> None:
         acc = ir.at("%acc", ir.mul(column, BYTES[spec.acc_dtype]))
         b = ir.at("%b", ir.mul(column, step.b_bytes))
-        columns = _Columns.of(step, lanes, b, ir.mul("%b_stride", BYTES[spec.b_dtype]))
+        columns = Columns.of(step, lanes, b, ir.mul("%b_stride", BYTES[spec.b_dtype]))
         if copied is not None:
-            columns = columns.copied(ir, spec, step, copied)
+            columns = columns.copied(ir, spec.b_dtype, spec.k, copied)
         _emit_panel(ir, spec, step, rows, acc, a, columns)
 
     ir.each(full, width, lambda column: panel(column, [step.lanes] * vectors))
@@ -225,23 +229,57 @@ def _block_shape(m: int, vectors: int, target: CpuTarget) -> tuple[int, int]:
     return min(m, 16 // vectors), vectors
 
 
-def _emit_panel(ir: IrText, spec: TileDot, step: Step, rows: int, acc: str, a: _TileA, columns: "_Columns") -> None:
+def _emit_panel(ir: IrText, spec: TileDot, step: Step, rows: int, acc: str, a: _TileA, columns: Columns) -> None:
     """All rows of A times one panel of B."""
     acc_row = spec.n * BYTES[spec.acc_dtype]
     surplus = _emit_surplus(ir, spec, step, columns)
 
-    def block(row: str, count: int) -> None:
+    def block(row: str, count: int, ahead: Ahead | None) -> None:
         part = _TileA(ir.at(a.base, ir.mul(row, a.row)), a.row, a.group)
-        _emit_block(ir, spec, step, count, ir.at(acc, ir.mul(row, acc_row)), part, columns, surplus)
+        _emit_block(ir, spec, step, count, ir.at(acc, ir.mul(row, acc_row)), part, columns, surplus, ahead)
+
+    def each_of(blocks: int, limit: str | int) -> None:
+        """Blocks of ``rows`` below a limit, which read ahead as one of so many."""
+
+        def body(row: str) -> None:
+            block(row, rows, _ahead(ir, spec, columns, row, blocks, rows))
+
+        if isinstance(limit, int):
+            ir.each(limit, rows, body)
+        else:
+            ir.each_below(limit, rows, body)
 
     full, last = _row_blocks(spec.m, rows, len(columns.registers))
-    if spec.ragged and full > rows:
-        limit = ir.op(f"call i64 @llvm.smin.i64(i64 %rows, i64 {full})")
-        ir.each_below(limit, rows, lambda row: block(row, rows))
+    blocks = -(-spec.m // rows)
+    if not spec.ragged or full <= rows:
+        each_of(blocks, full)
     else:
-        ir.each(full, rows, lambda row: block(row, rows))
+        limit = ir.op(f"call i64 @llvm.smin.i64(i64 %rows, i64 {full})")
+        _by_count(ir, spec, limit, rows, lambda blocks: each_of(blocks, limit))
     for row, count in last:
-        block(str(row), count)
+        block(str(row), count, _ahead(ir, spec, columns, str(row), blocks, rows))
+
+
+def _by_count(ir: IrText, spec: TileDot, limit: str, rows: int, body: Callable[[int], None]) -> None:
+    """Runs what suits the number of blocks of rows below a limit: one, two or three, or more."""
+    if not spec.b_ahead:
+        body(4)
+        return
+    one, some = (ir.op(f"icmp sle i64 {limit}, {count * rows}") for count in (1, 3))
+    ir.choose(one, lambda: body(1), lambda: ir.choose(some, lambda: body(2), lambda: body(4)))
+
+
+def _ahead(ir: IrText, spec: TileDot, columns: Columns, row: str, blocks: int, rows: int) -> Ahead | None:
+    """What the block that begins at a row reads ahead: of a product with several blocks, its part of the next tile."""
+    if not spec.b_ahead:
+        return None
+    if blocks == 1:
+        return Ahead(str(AHEAD), columns.lines, FIRST_CACHE)
+    lines = -(-columns.lines // blocks)
+    part = ir.op(f"urem i64 {ir.op(f'udiv i64 {row}, {rows}')}, {columns.lines // lines}")
+    tile_bytes = spec.k * spec.n * BYTES[spec.b_dtype]
+    distance = ir.add(ir.mul(columns.group, spec.k // columns.step.group), ir.mul(part, lines * LINE))
+    return Ahead(distance, lines, FIRST_CACHE if tile_bytes <= _HALF_CACHE else SECOND_CACHE)
 
 
 def _row_blocks(m: int, rows: int, vectors: int) -> tuple[int, list[tuple[int, int]]]:
@@ -257,51 +295,14 @@ def _row_blocks(m: int, rows: int, vectors: int) -> tuple[int, list[tuple[int, i
     return full, [(full, m - full)] if full < m else []
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """A panel of B: (first column, lanes) of each register, address of its first group, bytes between groups."""
-
-    registers: tuple[tuple[int, int], ...]
-    base: str
-    group: str
-
-    @staticmethod
-    def of(step: Step, lanes: Sequence[int], base: str, group: str) -> "_Columns":
-        return _Columns(tuple((sum(lanes[:index]), width) for index, width in enumerate(lanes)), base, group)
-
-    def copied(self, ir: IrText, spec: TileDot, step: Step, to: str) -> "_Columns":
-        """The panel with its rows one behind the other at ``to``."""
-        size = step.b_bytes
-        row_bytes = sum(width for _, width in self.registers) * size
-
-        def copy(index: str) -> None:
-            source, target = ir.at(self.base, ir.mul(index, self.group)), ir.at(to, ir.mul(index, row_bytes))
-            for column, width in self.registers:
-                kind = vector(LLVM_TYPES[spec.b_dtype], width)
-                ir.store(kind, ir.load(kind, ir.at(source, column * size), size), ir.at(target, column * size), size)
-
-        ir.each(spec.k, 1, copy)
-        return _Columns(self.registers, to, str(row_bytes))
-
-    def load(self, ir: IrText, step: Step, index: str) -> list[str]:
-        place = ir.at(self.base, ir.mul(index, self.group))
-        return [step.load_b(ir, ir.at(place, column * step.b_bytes), width) for column, width in self.registers]
-
-    def prefetch(self, ir: IrText, step: Step, index: str) -> None:
-        """Touches the lines that lie ``AHEAD`` bytes behind a group."""
-        place = ir.at(ir.at(self.base, ir.mul(index, self.group)), AHEAD)
-        for offset in range(0, sum(width for _, width in self.registers) * step.b_bytes, LINE):
-            ir.do(f"call void @llvm.prefetch.p0(ptr {ir.at(place, offset)}, i32 0, i32 3, i32 1)")
-
-
-def _emit_surplus(ir: IrText, spec: TileDot, step: Step, columns: _Columns) -> list[str]:
+def _emit_surplus(ir: IrText, spec: TileDot, step: Step, columns: Columns) -> list[str]:
     """What the products of a row of A with the panel will have too much, one vector for each register of B."""
     if step.surplus is None:
         return []
     add = step.surplus
 
     def group(index: str, sums: list[str]) -> list[str]:
-        loaded = columns.load(ir, step, index)
+        loaded = columns.load(ir, index)
         return [add(ir, total, b, width) for total, b, (_, width) in zip(sums, loaded, columns.registers, strict=True)]
 
     zeros = [(vector(step.acc, width), "zeroinitializer") for _, width in columns.registers]
@@ -309,7 +310,15 @@ def _emit_surplus(ir: IrText, spec: TileDot, step: Step, columns: _Columns) -> l
 
 
 def _emit_block(
-    ir: IrText, spec: TileDot, step: Step, rows: int, acc: str, a: _TileA, columns: _Columns, surplus: Sequence[str]
+    ir: IrText,
+    spec: TileDot,
+    step: Step,
+    rows: int,
+    acc: str,
+    a: _TileA,
+    columns: Columns,
+    surplus: Sequence[str],
+    ahead: Ahead | None,
 ) -> None:
     """One register block: loads its accumulators, runs the k loop, stores them."""
     size = BYTES[spec.acc_dtype]
@@ -322,9 +331,9 @@ def _emit_block(
     kinds = [vector(step.acc, width) for *_, width in cells]
 
     def group(index: str, values: list[str]) -> list[str]:
-        b = columns.load(ir, step, index)
-        if spec.b_ahead and rows == spec.m:
-            columns.prefetch(ir, step, index)
+        b = columns.load(ir, index)
+        if ahead is not None:
+            columns.read_ahead(ir, ahead, index)
         offset = ir.mul(index, a.group)
         results = []
         for value, (row, register, _, width) in zip(values, cells, strict=True):

@@ -144,6 +144,16 @@ class IrText:
         self.do(f"br i1 {self.op(f'icmp slt i64 {following}, {limit}')}, label %{label}, label %{done}")
         self._enter(done)
 
+    def choose(self, condition: str, then: Callable[[], None], other: Callable[[], None]) -> None:
+        """Runs one of two bodies, as an i1 says."""
+        labels = [self._fresh(name)[1:] for name in ("then", "other", "done")]
+        self.do(f"br i1 {condition}, label %{labels[0]}, label %{labels[1]}")
+        for label, body in zip(labels, (then, other), strict=False):
+            self._enter(label)
+            body()
+            self.do(f"br label %{labels[2]}")
+        self._enter(labels[2])
+
     def text(self) -> str:
         """Everything written so far, with a closing ``ret void``."""
         return "\n".join([*self._lines, "  ret void"])

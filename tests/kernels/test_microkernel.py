@@ -244,23 +244,23 @@ def test_tile_registers_are_used_where_all_tiles_have_one_shape():
 
 @pytest.mark.parametrize("target", X86_TARGETS)
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "i8"])
-@pytest.mark.parametrize("b_apart", [False, True])
+@pytest.mark.parametrize("b", ["", "apart", "ahead"])
 @pytest.mark.parametrize("m", [32, 96])
-def test_ragged_products_have_the_wanted_rows(target, dtype, b_apart, m):
+def test_ragged_products_have_the_wanted_rows(target, dtype, b, m):
     named = CpuTarget.named(target)
     n, k = 64, 64
     form = packed_form(dtype, k, named)
     kinds = _DTYPES[dtype], _DTYPES["i32" if dtype == "i8" else "f32"]
-    for rows in (1, m // 3 + 1, m - m // 3, m):
-        a, b, acc = tile(m, k, kinds[0]), tile(k, n, kinds[0]), aligned(m, n, kinds[1])
+    for rows in (1, 8, m // 3 + 1, m - m // 3, m):
+        a, right, acc = tile(m, k, kinds[0]), tile(k, n, kinds[0]), aligned(m, n, kinds[1])
         if dtype == "i8":
             acc >>= 8  # no sum wraps round
         before = acc.clone()
-        packed = pack(PackB(k, n, dtype, "kn", *form), named, b)
+        packed = pack(PackB(k, n, dtype, "kn", *form), named, right)
         spec = TileDot(m, n, k, dtype, form[0], "i32" if dtype == "i8" else "f32", form[1], ragged=True)
-        spec = dataclasses.replace(spec, b_apart=b_apart and form[1] == "kn")
+        spec = dataclasses.replace(spec, b_apart=b == "apart" and form[1] == "kn", b_ahead=b == "ahead")
         multiply(spec, named, acc, a, packed, rows)
-        exact = (before.double() + a.double() @ b.double())[:rows]
+        exact = (before.double() + a.double() @ right.double())[:rows]
         assert acc[-1].equal(before[-1]) or rows == m or m % 6  # a rest that fills no block is computed always
         torch.testing.assert_close(acc[:rows].double(), exact, rtol=1e-5, atol=1e-3)
 

@@ -7,6 +7,7 @@ from tilewright.codegen.cpu.lower.context import Buffer, Context, Shifted
 from tilewright.codegen.cpu.lower.convert import cast
 from tilewright.codegen.cpu.lower.lanes import ZERO, Affine, Lane, Point, Uniform, Vector, is_const
 from tilewright.codegen.cpu.lower.nest import (
+    assume,
     best_axis,
     bounded,
     bounds_of,
@@ -14,6 +15,7 @@ from tilewright.codegen.cpu.lower.nest import (
     index_like,
     leaf_pointers,
     nest,
+    row_parts,
 )
 from tilewright.codegen.cpu.lower.prefetch import is_stream
 from tilewright.codegen.cpu.lower.tiles import materialize
@@ -60,8 +62,25 @@ def tile_of(ctx: Context, value: Value, elem: Elem) -> Tile:
             loaded = _in_place(ctx, value.op)
             if loaded is not None:
                 return loaded
+        if value.op is not None and value.op.name == "tt.load" and binding is None:
+            rows = _defined_rows(ctx, value.op)
+            if rows is not None:
+                return replace(_copied_rows(ctx, value), rows=rows)
     buffer = converted(ctx, value, elem)
     return Tile(buffer.ptr, str(value.shape[1]), False, elem)
+
+
+def _copied_rows(ctx: Context, value: Value) -> Tile:
+    """The rows of a load that its mask lets through, in scratch."""
+    buffer = ctx.new_buffer(value.type, value.op)
+    parts = row_parts(ctx, value, 1)
+
+    def body(point: Point, full: bool) -> None:
+        assume(ctx, parts, point, full, 1)
+        ctx.write(buffer, point, ctx.value(value, point))
+
+    nest(ctx, value.shape, 1, body, bounds_of(ctx, parts))
+    return Tile(buffer.ptr, str(value.shape[1]), False, value.elem)
 
 
 def grouped_tile_of(ctx: Context, value: Value, group: int) -> Tile | None:
