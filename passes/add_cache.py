@@ -138,7 +138,8 @@ class _StepWriter:
     # Inputs
 
     def _input(self, name: str, shape: tuple[Size, ...], dtype: torch.dtype, layout: Layout, state: bool) -> Node:
-        spec = next((each for each in info(self.gm).inputs if each.name == name), None)
+        whole = {"slots": self.options.positions}.get(name, name)  # the input of the whole batch that it stands for
+        spec = next((each for each in info(self.gm).inputs if each.name == whole), None)
         with self.graph.inserting_before(self.old[0]):
             # The name of an old input may be taken until that is removed.
             node = self.graph.create_node("placeholder", name, name=f"step_{name}")

@@ -5,10 +5,12 @@ from tilewright.passes.fold_constants import FoldConstants
 from tilewright.passes.merge_equal import MergeEqual
 from tilewright.passes.normalize_pointwise import NormalizePointwise
 from tilewright.passes.normalize_views import NormalizeViews
+from tilewright.passes.normalize_writes import NormalizeWrites
 from tilewright.passes.recognize_attention import RecognizeAttention
 from tilewright.passes.recognize_columns import RecognizeColumns
 from tilewright.passes.recognize_head_linear import RecognizeHeadLinear
 from tilewright.passes.recognize_linear import RecognizeLinear
+from tilewright.passes.recognize_lookups import RecognizeLookups
 from tilewright.passes.recognize_norms import RecognizeNorms
 from tilewright.passes.recognize_score_tables import RecognizeScoreTables
 from tilewright.passes.recognize_top_k import RecognizeTopK
@@ -20,6 +22,7 @@ def normalization() -> tuple[Pass, ...]:
     return (
         NormalizePointwise(),  # first: it removes conversions and fills that hide views
         NormalizeViews(),  # every pattern below knows one spelling of each view
+        NormalizeWrites(),
         FoldConstants(),  # weights that are computed from weights, e.g. 1 + w, become weights
         NormalizePointwise(),  # what has become a constant of no axes is a number beside a tensor
         RecognizeLinear(),
@@ -27,6 +30,7 @@ def normalization() -> tuple[Pass, ...]:
         RecognizeNorms(),
         RecognizeTopK(),
         RecognizeColumns(),
+        RecognizeLookups(),
         RecognizeAttention(),  # after linear: what is left of matmul multiplies two computed tensors
         RecognizeScoreTables(),  # before masks: what is left of a bias may be one
         RecoverMask(),  # needs the masks as operands of attention

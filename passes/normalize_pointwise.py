@@ -53,8 +53,12 @@ _RENAMED: dict[Any, Any] = {
     aten.special_expit.default: aten.sigmoid.default,
 }
 
+_LIMITS: dict[Any, Any] = {
+    aten.maximum.default: lambda least: (least,), aten.minimum.default: lambda most: (None, most),
+}  # fmt: skip
 
-@_rule(*_RENAMED, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+
+@_rule(*_RENAMED, *_LIMITS, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 def _binary(rw: Rewriter, node: Node) -> Node | None:
     if node.target is aten._softmax.default:
         return _softmax(rw, node)
@@ -67,6 +71,8 @@ def _binary(rw: Rewriter, node: Node) -> Node | None:
             args[1] = scaled
         args = args[:2]
     args = [_number(rw, node, arg) if i < 2 else arg for i, arg in enumerate(args)]
+    if target in _LIMITS and not isinstance(args[1], Node):  # the op takes no numbers
+        return rw.call(node, aten.clamp.default, args[0], *_LIMITS[target](args[1]), type=fact(node, TensorType))
     if target is node.target and tuple(args) == node.args and not node.kwargs:
         return _neutral(node)
     return rw.call(node, target, *args, type=fact(node, TensorType))
@@ -244,6 +250,8 @@ _FILLED: dict[Any, Any] = {
     aten.zeros.default: 0, aten.ones.default: 1, aten.zeros_like.default: 0, aten.ones_like.default: 1,
     aten.new_zeros.default: 0, aten.new_ones.default: 1, aten.full_like.default: None, aten.new_full.default: None,
     aten.scalar_tensor.default: None, aten.full.default: None,
+    # Any number will do where nobody said which.
+    aten.empty.memory_format: 0, aten.empty_like.default: 0, aten.new_empty.default: 0,
 }  # fmt: skip
 
 

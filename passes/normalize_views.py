@@ -7,7 +7,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from tilewright.ir.facts import TensorType, TupleType, fact
-from tilewright.ir.graph import Level
+from tilewright.ir.graph import Level, get_tensor
 from tilewright.ir.sizes import Size
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.rewrite import Rewriter, argument, is_call, operand, rank_of, shape_of, size_value
@@ -73,6 +73,9 @@ def _size_arguments(rw: Rewriter, node: Node, shape: tuple[Size, ...], given: li
     known = [arg for arg in given if isinstance(arg, Node)]
     sizes: list[Any] = []
     missing = [s for s in shape if not isinstance(s, int) and not any(size_value(k) == s for k in known)]
+    if len(missing) > 1 and len(given) == len(shape):
+        # Sizes that are written in another way than they were inferred: one by one as they were given.
+        return [size if isinstance(size, int) else arg for size, arg in zip(shape, given, strict=True)]
     for size in shape:
         if isinstance(size, int):
             sizes.append(size)
@@ -175,6 +178,23 @@ def _repeat(rw: Rewriter, node: Node) -> Node | None:
     return rw.call(node, aten.reshape.default, source, sizes, type=type_) if sizes.count(-1) < 2 else None
 
 
+@_rule(aten.repeat_interleave.self_int)
+def _repeat_interleave(rw: Rewriter, node: Node) -> Node | None:
+    """Each element some times in a row along an axis: an axis of copies behind it, which is joined with it."""
+    source, count, axis = operand(node), operand(node, 1), argument(node, 2, "dim")
+    if axis is None:
+        return None
+    axis, type_ = _axis(axis, rank_of(source)), fact(node, TensorType)
+    copies = rw.call(node, aten.unsqueeze.default, source, axis + 1)
+    copies = rw.call(
+        node, aten.expand.default, copies, [-1] * (axis + 1) + [count] + [-1] * (rank_of(copies) - axis - 2)
+    )
+    sizes = [
+        s if isinstance(s, int) else -1 if i == axis else rw.size(node, s, [source]) for i, s in enumerate(type_.shape)
+    ]
+    return rw.call(node, aten.reshape.default, copies, sizes, type=type_)
+
+
 @_rule(aten.slice.Tensor)
 def _slice(rw: Rewriter, node: Node) -> Node | None:
     source = operand(node)
@@ -193,6 +213,24 @@ def _slice(rw: Rewriter, node: Node) -> Node | None:
     if node.args == (source, axis, start, end, step):
         return None
     return rw.call(node, aten.slice.Tensor, source, axis, start, end, step, type=fact(node, TensorType))
+
+
+@_rule(aten.index.Tensor)
+def _index(rw: Rewriter, node: Node) -> Node | None:
+    """Advanced indexing along one axis by constant neighbours, ``x[:, [-2]]``, is a slice."""
+    source, indices = operand(node), list(operand(node, 1))
+    given = [(axis, index) for axis, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].op != "get_attr" or rank_of(given[0][1]) != 1:
+        return None
+    (axis, index), size = given[0], shape_of(source)[given[0][0]]
+    places = get_tensor(rw.gm, index)
+    if not isinstance(size, int) or places.dtype not in (torch.int32, torch.int64) or not 0 < len(places) <= size:
+        return None
+    start = int(places[0]) % size
+    rising = torch.arange(start, start + len(places), dtype=places.dtype, device=places.device)
+    if not torch.equal(places % size, rising) or not bool(((places >= -size) & (places < size)).all()):
+        return None
+    return rw.call(node, aten.slice.Tensor, source, axis, start, start + len(places), 1, type=fact(node, TensorType))
 
 
 @_rule(aten.select.int)

@@ -63,14 +63,20 @@ class Rewriter:
         self.changes += 1
 
     def size(self, like: Node, wanted: Size, sources: Sequence[Node]) -> int | Node:
-        """The size as an argument: an int, or a ``sym_size`` node of one of ``sources`` that has it as an axis."""
+        """The size as an argument: an int, or a ``sym_size`` node of what has it as an axis.
+
+        That is one of ``sources`` where there is one, else an input of the graph.
+
+        Raises:
+            KeyError: nothing has such an axis.
+        """
         if isinstance(wanted, int):
             return wanted
-        for source in sources:
+        for source in (*sources, *self.graph.find_nodes(op="placeholder")):
             shape = fact(source, TensorType).shape
             if wanted in shape:
                 return self.call(like, aten.sym_size.int, source, shape.index(wanted))
-        raise KeyError(f"no operand has an axis of size {wanted}")
+        raise KeyError(f"no operand and no input has an axis of size {wanted}")
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:

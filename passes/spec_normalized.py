@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from tilewright.ir.facts import TensorType, fact, find_fact
+from tilewright.ir.facts import Reason, TensorType, fact, find_fact
 from tilewright.ir.sizes import BATCH
 from tilewright.ir.views import same_size
 from tilewright.ops import Flow, traits_of
@@ -92,7 +92,8 @@ def _nothing_idle(gm: GraphModule) -> Iterator[Violation]:
 
 def _weights_through_linear(gm: GraphModule) -> Iterator[Violation]:
     for node in calls(gm):
-        if node.target in _PRODUCTS and any(operand.op == "get_attr" for operand in node.all_input_nodes):
+        weights = [operand for operand in node.all_input_nodes if operand.op == "get_attr"]
+        if node.target in _PRODUCTS and any(len(shape_of(weight)) < 3 for weight in weights):
             yield Violation(node, f"{node.target} multiplies by a weight; that is spelled aten.linear at this level")
 
 
@@ -123,7 +124,8 @@ def _axes_from_zero(gm: GraphModule) -> Iterator[Violation]:
 
 
 def _one_attention(gm: GraphModule) -> Iterator[Violation]:
-    yield from _forbid(gm, _OTHER_ATTENTIONS, "tilewright::attention")
+    found = _forbid(gm, _OTHER_ATTENTIONS, "tilewright::attention")
+    yield from (each for each in found if find_fact(each.node, Reason) is None)
     for node in calls(gm):
         if node.target is not attention:
             continue
@@ -187,10 +189,10 @@ SPELLING = (
     Rule("tensors_or_numbers", "operators take tensors or Python numbers", _operators_take_tensors_or_numbers),
     Rule("one_cast", "a change of dtype is prims.convert_element_type", _one_cast),
     Rule("nothing_idle", "no op does nothing", _nothing_idle),
-    Rule("weights_through_linear", "every product with a weight is aten.linear", _weights_through_linear),
+    Rule("weights_through_linear", "every product with one matrix as weight is aten.linear", _weights_through_linear),
     Rule("linear_weight", "the weight of a linear is [N, K]", _linear_weight),
     Rule("expert_weights", "a product of experts has a weight [E, N, K] and an expert a row", _expert_weights),
-    Rule("one_attention", "attention is tilewright::attention, its heads fit", _one_attention),
+    Rule("one_attention", "attention is tilewright::attention or says why not, its heads fit", _one_attention),
 )
 NORMALIZED = (
     Rule("no_packing", "nothing is packed yet", no_packing),

@@ -20,6 +20,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}),
     "opt": ("OPT", {**_PLAIN, "ffn_dim": 64, "word_embed_proj_dim": 32}),
     "gpt_neox": ("GPTNeoX", _PLAIN),
+    "gptj": ("GPTJ", {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "rotary_dim": 4}),
+    "falcon": ("Falcon", {**_PLAIN, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "llama": ("Llama", _HEADS),
     "mistral": ("Mistral", {**_HEADS, "sliding_window": WINDOW}),
     "qwen2": ("Qwen2", _GROUPED),

@@ -19,8 +19,24 @@ from tilewright.passes.normalize import normalization
 GONE = (
     "view", "transpose", "aten.t.", "contiguous", "alias", "detach", "dropout", "_to_copy", "aten.to.", "type_as",
     "assert", "addmm", "aten.mm.", "Scalar_", "split", "chunk", "unbind", "stack", "flatten", "squeeze.dim.",
-    "aten.repeat.",
+    "aten.repeat.", "repeat_interleave", "slice_scatter", "aten.copy.", "empty", "aten.index.", "maximum", "minimum",
 )  # fmt: skip
+
+
+def _filled(x: Tensor) -> Tensor:
+    """A tensor that is written part by part, one of them narrower and of another type; the last part stays."""
+    out = x.new_zeros(*x.shape[:-1], 14)
+    out[..., :5].copy_(x[..., :5])
+    out[..., 5:13] = x[..., :1].double()
+    out[..., 3:6] = x[..., -3:]
+    return out
+
+
+def _joined(x: Tensor) -> Tensor:
+    """A tensor of whatever was in memory, all of it written over."""
+    out = torch.empty_like(x)
+    out[..., :5], out[..., 5:] = x[..., 11:], x[..., :11]
+    return out
 
 
 def _column(x: Tensor) -> Tensor:
@@ -125,6 +141,10 @@ REWRITTEN: dict[str, Callable[..., Any]] = {
     ),
     "permutes": lambda _, x: x.view(*x.shape[:2], 2, 8).permute(0, 2, 3, 1).permute(1, 3, 2, 0).permute(2, 0, 1, 3),
     "repeats": lambda _, x: (x.repeat(1, 2, 1), x.repeat(2, 1, 1, 3), x[:, :1].repeat(1, 3, 2), x.repeat(1, 1, 1)),
+    "repeats in a row": lambda _, x: (x.repeat_interleave(2, -1), x.repeat_interleave(3, 1), x.repeat_interleave(2, 0)),
+    "parts": lambda _, x: (_filled(x), _joined(x)),
+    "constant places": lambda _, x: (x[..., [-2]], x[..., [3, 4, 5]], x.view(*x.shape[:2], 4, 4)[:, :, [0, 1]]),
+    "limits": lambda _, x: (torch.max(x, torch.tensor(0.3)), torch.minimum(x, torch.tensor(-0.2))),
     "scalars": lambda _, x: torch.add(2 - x, x.square(), alpha=3) / 2 + 1 - torch.sub(x, x, alpha=2),
     "neutral": lambda _, x: ((x + 0) * 1).to(torch.float32).expand_as(x),
     "fills": lambda _, x: (

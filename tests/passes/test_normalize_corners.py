@@ -24,6 +24,26 @@ def _filled(x: Tensor) -> Tensor:
     return y
 
 
+def _by_group(x: Tensor) -> Tensor:
+    """Tokens as one axis, a product with a weight of each group, and an axis of tokens that is split again."""
+    grouped = x.reshape(-1, 2, 4).transpose(0, 1)
+    return torch.bmm(grouped, _GROUPS).transpose(0, 1).reshape(*x.shape[:2], 2, 3).flatten(2)
+
+
+def _chunks(x: Tensor) -> Tensor:
+    """The length filled up to whole chunks of 4, which become an axis."""
+    filled = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % 4))
+    chunks = filled.reshape(x.shape[0], 2, filled.shape[1] // 4, 4, 4)
+    return (chunks.cumsum(-2) * 2).sum((1, 2, 3))
+
+
+def _shared_keys(x: Tensor) -> Tensor:
+    """Attention of every query over keys of the first sequence."""
+    heads = x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+    return torch.nn.functional.scaled_dot_product_attention(heads, heads[:1], heads[:1])
+
+
+_GROUPS = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
 CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "slice from minus its size": lambda x: x[:, -x.shape[1] :] * 2,
     "cumsum to int32": lambda x: torch.cumsum(_ranks(x), dim=-1, dtype=torch.int32),
@@ -33,6 +53,9 @@ CASES: dict[str, Callable[[Tensor], Tensor]] = {
     "unread start": lambda x: torch.baddbmm(x[:, :, :1] * float("nan"), x, x.transpose(1, 2), beta=0),
     "cat with an empty tensor": lambda x: torch.cat((torch.zeros(0), x + 1), dim=1),
     "one place written": _filled,
+    "weights of groups": _by_group,
+    "chunks": _chunks,
+    "attention that broadcasts": _shared_keys,
 }
 
 

@@ -141,4 +141,6 @@ def compile_steps(
     gm = capture_call(model, options, call)
     limits = (info(gm).bounds.get(SEQ, (1, None, ""))[1], longest(model), NO_LIMIT)
     compiled = compile_graph(gm, options, observers=observers, progress=progress, cache=cache, stored=stored)
-    return StepModel(compiled, page_size, int(info(compiled.graph).inputs[0].vocab or 0), min(filter(None, limits)))
+    tokens, slots = info(compiled.graph).inputs[:2]
+    # A table that is looked up by position ends where it ends, whatever the configuration says.
+    return StepModel(compiled, page_size, int(tokens.vocab or 0), min(filter(None, (*limits, slots.vocab))))
