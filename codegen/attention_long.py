@@ -5,8 +5,6 @@ light kernel merges these. The second product turns scores into weights, exp(x -
 every sequence is a problem of its own length. Source: the long form of ByteTransformer's fused attention.
 """
 
-import sympy
-
 from tilewright.codegen.attention_heads import LEAST_DOT
 from tilewright.codegen.attention_problem import AttentionProblem
 from tilewright.codegen.attention_tile import AttentionTile, Place
@@ -18,7 +16,7 @@ from tilewright.codegen.results import needed_nodes
 from tilewright.codegen.writer import TL_TYPES, Var
 from tilewright.ir.facts import TensorType, fact
 from tilewright.ir.program import KernelStep, View
-from tilewright.ir.sizes import Size, ceil_div
+from tilewright.ir.sizes import Size, at_most, ceil_div
 
 _QUERIES = 64
 _KEYS = 64
@@ -42,7 +40,7 @@ class _Long:
         rows, name = problem.query_rows, problem.call.name
 
         def scratch(what: str, columns: Size) -> View:
-            shape = (rows, problem.heads, _up_to(problem.key_length, longest, columns))
+            shape = (rows, problem.heads, columns * at_most(problem.key_length, longest))
             return builder.scratch(f"{name}_{what}", problem.compute, shape)
 
         self.scores = scratch("scores", problem.key_length)
@@ -174,10 +172,3 @@ class _Long:
         pointer, mask = writer.pointer(view, self.problem.compute, hint), writer.mask(at.deps)
         rest = f'float("{other}")' if other else "0.0"
         return f"tl.load({pointer} + {writer.index_text(at)}, mask={mask}, other={rest})"
-
-
-def _up_to(length: Size, longest: int, columns: Size) -> Size:
-    """``columns`` where a sequence is at most ``longest`` long, else 0, so that no memory is kept for other forms."""
-    if isinstance(length, int):
-        return columns if length <= longest else 0
-    return columns * sympy.floor(sympy.Integer(longest) / sympy.Max(length, longest))

@@ -52,3 +52,22 @@ def fold_scores(
         "peak = new_peak",
     ):
         writer.statement(line)
+
+
+def fold_part(writer: KernelWriter) -> None:
+    """Adds to the state what another program has made of other keys: ``part_peak``, ``part_total`` and ``part_acc``."""
+    for line in (
+        "new_peak = tl.maximum(peak, part_peak)",
+        'shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)',
+        "weights = tl.exp2(part_peak - shift)",
+        "fade = tl.exp2(peak - shift)",
+        "total = total * fade + part_total * weights",
+        "acc = acc * fade + part_acc * weights",
+        "peak = new_peak",
+    ):
+        writer.statement(line)
+
+
+def finish_softmax(writer: KernelWriter) -> None:
+    """Writes ``attention``, the result; a query that has seen no key has 0."""
+    writer.statement("attention = acc / tl.where(total == 0.0, 1.0, total)")

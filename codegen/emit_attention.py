@@ -36,7 +36,7 @@ def emit_attention(call: RegionCall, builder: ProgramBuilder, variant: str) -> t
     behind = [(node, view) for node, view in results if depends_on(node, anchors[0])]
     steps = emit_rows(call.graph, inputs, ahead) if ahead else ()
     if variant in PAGED_VARIANTS:
-        return (*steps, *emit_paged(call, inputs, behind, anchors[0], variant))
+        return (*steps, *emit_paged(call, inputs, behind, anchors[0], builder, variant))
     problem = AttentionProblem(call, inputs, behind, anchors[0])
     longest = ATTENTION_VARIANTS[variant]
     if longest is None:

@@ -3,22 +3,26 @@
 import torch
 from torch.fx import Node
 
-from tilewright.codegen.attention_heads import head_axis
+from tilewright.codegen.attention_heads import head_axis, head_block, store_attention
 from tilewright.codegen.attention_scores import LOG2_E
+from tilewright.codegen.attention_softmax import finish_softmax, start_softmax
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index
+from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments, compute_dtype
 from tilewright.codegen.region_call import Inputs, RegionCall
+from tilewright.codegen.results import needed_nodes
 from tilewright.codegen.writer import TL_TYPES, KernelWriter
 from tilewright.errors import CodegenError
 from tilewright.ir.facts import TensorType, fact, where
-from tilewright.ir.program import View
-from tilewright.ir.sizes import TOKENS
+from tilewright.ir.program import KernelStep, View
+from tilewright.ir.sizes import TOKENS, Size
 
 _NAMES = (
     *("tile", "kv_head", "sequence", "lanes", "lane_mask", "query", "head", "d", "dv", "first_seen", "first_query"),
     *("last_query", "key_last", "page", "key_slots", "value_slots", "keys", "values", "scores", "peak", "new_peak"),
     *("shift", "weights", "fade", "total", "acc", "attention", "rows", "row_mask", "place", "queries", "down"),
+    *("part", "part_peak", "part_total", "part_acc"),
 )
 
 
@@ -71,7 +75,7 @@ class PagedProblem(NewRows):
     Attributes:
         results: what is stored.
         heads, group: of queries, and query heads that share a head of keys.
-        queries, batch: query rows, sequences.
+        queries, batch, table: query rows, sequences, width of the page table.
         most_queries: of one sequence; each has one of the step's tokens at least.
         dtype: element type of the operands of products; ``compute`` is that of scores and sums, ``kind`` its name in a
             kernel.
@@ -86,7 +90,7 @@ class PagedProblem(NewRows):
         self.heads = query.shape[1]
         self.group = self.heads // self.kv_heads
         self.queries = query.shape[0]
-        self.batch = fact(self.given["page_table"], TensorType).shape[0]
+        self.batch, self.table = fact(self.given["page_table"], TensorType).shape
         self.kind = TL_TYPES[self.compute]
         self.most_queries = TOKENS - self.batch + 1
 
@@ -110,3 +114,34 @@ class PagedProblem(NewRows):
     def scaled_queries(self) -> bool:
         """Whether the scale is in the queries, where that rounds nothing away."""
         return self.dtype == self.compute
+
+    def start(self, writer: KernelWriter, evaluator: Evaluator, sink_of: Index | None) -> None:
+        """Writes the softmax's state before the first key; with the sinks of these heads, where there are some."""
+        sink = None
+        if sink_of is not None and isinstance(self.given["sinks"], Node):
+            sink = f"{evaluator.number(self.given['sinks'], (sink_of,), self.compute).text} * {LOG2_E}"
+        self.value_axis(writer)
+        acc = f"[BLOCK_M, {head_block(writer, self.value_size)}]"
+        start_softmax(writer, self.kind, "[BLOCK_M, 1]", acc, sink)
+
+    def store(self, writer: KernelWriter, evaluator: Evaluator, query: Index, head: Index) -> None:
+        """Writes the result out of the softmax's state, and stores what follows it."""
+        finish_softmax(writer)
+        index = (query, head, self.value_axis(writer))
+        store_attention(evaluator, self.anchor, self.results, self.inputs, self.compute, index)
+
+    def finish(
+        self, writer: KernelWriter, evaluator: Evaluator, grid: tuple[Size, Size, Size], what: str
+    ) -> KernelStep:
+        """The step that stores the results."""
+        shape = ", ".join(map(str, fact(self.anchor, TensorType).shape))
+        return finish(
+            writer,
+            family="attention",
+            summary=f"Attention -> [{shape}] over pages. {what}",
+            nodes=needed_nodes([node for node, _ in self.results], self.inputs),
+            variables={**evaluator.used, self.anchor: "attention"},
+            grid=grid,
+            writes=[view for _, view in self.results],
+            num_stages=2,
+        )

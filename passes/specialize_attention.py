@@ -9,7 +9,7 @@ from tilewright.errors import OptionError
 from tilewright.ir.facts import SizeValue, TensorType, fact, find_fact, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.measurements import AttentionKey, Measurements
-from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, AttentionTable, Region
+from tilewright.ir.regions import ATTENTION_VARIANTS, PAGED_VARIANTS, Anchor, AttentionTable, Region
 from tilewright.ir.sizes import TOKENS, Size
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.base import Pass, PassResult
@@ -20,8 +20,8 @@ ONLINE, LONG = "online", "long"
 
 # Without measurements the form that takes any length: it is never far from the fastest.
 _BY_RULE: Entries = ((None, ONLINE),)
-# Decoding has one query a sequence; whatever has more is prefill, or contains some.
-_OVER_PAGES: Entries = ((1, "paged_few"), (None, "paged_many"))
+# Decoding has one query a sequence, or a few where drafts are checked; whatever has more is prefill, or contains some.
+_OVER_PAGES: Entries = tuple((most, variant) for variant, most in PAGED_VARIANTS.items())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tilewright.codegen.emit import RegionCall, emit_region
 from tilewright.ir.facts import Origin, TensorType, fact, set_fact
 from tilewright.ir.program import KernelStep, Pointer, Scalar, Storage, VendorLinear, View
 from tilewright.ir.regions import Anchor, Region
-from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size, contiguous_strides
+from tilewright.ir.sizes import BATCH, PAGES, SEQ, TABLE, TOKENS, Size, contiguous_strides
 from tilewright.ir.stop_errors import Memory as Block
 from tilewright.ir.stop_errors import stop_error
 from tilewright.ir.stops import MemoryTable, StopRecord
@@ -23,11 +23,11 @@ from tilewright.ops.block_panels import panel_bytes, to_panels
 
 SYMBOLS = (BATCH, SEQ, TOKENS)
 # Shapes are inferred on the meta device with a prime for each symbol, and the primes are read back from the result.
-_PRIMES = {BATCH: 10007, SEQ: 10009, TOKENS: 10037}
+_PRIMES = {BATCH: 10007, SEQ: 10009, TOKENS: 10037, TABLE: 10039, PAGES: 10061}
 
 
 def symbolic(size: int) -> Size:
-    """The size over B, S, T that a concrete size on primes stands for."""
+    """The size over symbols that a concrete size on primes stands for."""
     for extra in (0, 1):
         rest, found = size - extra, sympy.Integer(1)
         for symbol, prime in _PRIMES.items():
@@ -39,7 +39,7 @@ def symbolic(size: int) -> Size:
 
 
 def concrete(size: Size, values: dict[sympy.Symbol, int]) -> int:
-    """The size for values of B, S, T."""
+    """The size for values of the symbols."""
     return int(sympy.sympify(size).subs(values))
 
 

@@ -67,6 +67,22 @@ def test_steps_equal_one_forward_pass(family: str) -> None:
     rule.check(family)
 
 
+def test_keys_shared_out_among_programs() -> None:
+    """Beyond 256 slots several programs read the keys of a sequence, in a full layer and in one of a window."""
+    model = build("gemma3", seed=0)
+    compiled = steps_of(model)
+    tokens = torch.randint(3, VOCAB, (311,), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        eager, wide = model(tokens[None]).logits[0], in_double(model)(tokens[None]).logits[0]
+    pool, rule, done = compiled.make_pages(40), ErrorRule(), 0
+    table = torch.randperm(40, generator=torch.Generator().manual_seed(5)).int()[None]
+    for count in (250, 1, 5, 1, 45, 1, 8):
+        span = slice(done, done + count)
+        rule.add(compiled.step(pool, step_batch([tokens[span]], [done], table)), eager[span], wide[span])
+        done += count
+    rule.check("gemma3")
+
+
 def test_narrow_pages() -> None:
     model = build("llama", seed=0)
     compiled = steps_of(model, kv_dtype="bf16")

@@ -109,8 +109,10 @@ online softmax, for 32 queries or for 16; all keys in one tile; two grouped prod
 """
 
 
-PAGED_VARIANTS = ("paged_few", "paged_many")
-"""How attention over pages can be run: tiles for one query of each sequence, or for many."""
+PAGED_VARIANTS: dict[str, int | None] = {"paged_one": 1, "paged_few": 8, "paged_many": None}
+"""How attention over pages can be run, with the most queries of a sequence each form takes (None: any). The first two
+share the keys of a long sequence out among programs.
+"""
 
 
 @dataclass(frozen=True)

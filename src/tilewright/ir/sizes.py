@@ -49,6 +49,13 @@ def ceil_div(size: Size, tile: int) -> Size:
     return sympy.floor((size + tile - 1) / sympy.Integer(tile))
 
 
+def at_most(size: Size, bound: int) -> Size:
+    """1 where ``size``, which is positive, is at most ``bound``, else 0: a factor of shapes and grids."""
+    if isinstance(size, int):
+        return int(size <= bound)
+    return sympy.floor(sympy.Integer(bound) / sympy.Max(size, bound))
+
+
 class _Printer(PythonCodePrinter):
     """Prints size expressions as Python integer arithmetic."""
 
