@@ -50,7 +50,9 @@ def load_model(name: str) -> Loaded:
             return _from_pretrained(str(path.parent), path.parent)
         if path.exists() and not path.is_dir():
             raise InputError(f"cannot open {path}", why=f"a {path.suffix or 'plain'} file is not a model", hint=_HINT)
-        if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        if not path.exists() and (
+            name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in _MODEL_FILES
+        ):
             raise InputError(f"there is no {path}", hint=_HINT)
         return _from_pretrained(name, path if path.is_dir() else None)
     except (OSError, ValueError) as error:
@@ -59,6 +61,7 @@ def load_model(name: str) -> Loaded:
         raise InputError(f"cannot open the model '{name}'", why=str(error).splitlines()[0], hint=_HINT) from error
 
 
+_MODEL_FILES = (".gguf", ".json", ".safetensors")
 _HINT = "name a folder with config.json and weights, a .gguf file, a config.json (random weights), or a hub name"
 
 
@@ -76,11 +79,21 @@ def _from_pretrained(name: str, folder: Path | None) -> Loaded:
 
     config = transformers.AutoConfig.from_pretrained(name)
     model = _model_class(config).from_pretrained(name)
+    return Loaded(model.eval(), _tokenizer(name, folder), folder)
+
+
+def _tokenizer(name: str, folder: Path | None) -> Any | None:
+    """The tokenizer, if there is one: transformers makes an empty one for a folder that has none of its files."""
+    import transformers
+
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError):
-        tokenizer = None
-    return Loaded(model.eval(), tokenizer, folder)
+        return None
+    files = {*type(tokenizer).vocab_files_names.values()}
+    if folder is not None and files and not any((folder / file).is_file() for file in files | {"tokenizer.json"}):
+        return None
+    return tokenizer
 
 
 def _from_config(path: Path) -> Loaded:

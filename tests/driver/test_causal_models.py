@@ -39,6 +39,60 @@ def test_generate_is_that_of_transformers() -> None:
     assert torch.equal(compiled.generate(ids[2:], assistant_model=draft, **GREEDY), alone)
 
 
+def test_parts_are_compiled_when_they_are_needed(caplog: pytest.LogCaptureFixture) -> None:
+    work: list[str] = []
+    compiled = tilewright.compile(
+        build("gpt2", seed=0), opt_level=1, progress=lambda done, total, what: work.append(what)
+    )
+    ids = torch.randint(3, VOCAB, (1, 5), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="temperature"):
+        compiled.generate(ids, do_sample=True, temperature=-1.0)
+    with pytest.raises(InputError, match="at least one token"):
+        compiled.generate(ids[:, :0])
+    assert not work  # what is refused is refused before anything is compiled
+    caplog.set_level("INFO", logger="tilewright")
+    compiled.generate(ids, **GREEDY)
+    assert work[0] == "capturing"
+    assert any(what.startswith("building ") for what in work)
+    assert [record.getMessage().split(" in ")[0] for record in caplog.records] == [
+        "compiling GPT2LMHeadModel into steps of generation",
+        "compiled",
+    ]
+    assert not compiled.variants
+    compiled(ids)
+    assert len(compiled.variants) == 1
+    work.clear()
+    compiled.warmup()
+    compiled.generate(ids, **GREEDY)
+    assert not work
+
+
+def test_warmup_compiles_all_that_can_be() -> None:
+    compiled = tilewright.compile(build("gpt2", seed=0), opt_level=1)
+    compiled.warmup()
+    assert len(compiled.variants) == 1
+    steps = compiled.steps
+    compiled.generate(torch.ones(1, 3, dtype=torch.long), **GREEDY)
+    assert compiled.steps is steps is compiled.cached_model
+
+
+def test_refused_steps_are_a_reason() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    compiled = tilewright.compile(hf.BertLMHeadModel(hf.BertConfig(vocab_size=VOCAB, **sizes)).eval(), opt_level=1)
+    compiled.warmup()
+    assert len(compiled.variants) == 1
+    assert "keys that come after its query" in compiled.reasons["generate"]
+    for _ in range(2):
+        with pytest.raises(CacheRefused, match="keys that come after its query"):
+            compiled.generate(torch.ones(1, 3, dtype=torch.long), **GREEDY)
+
+
+def test_unpad_on_refuses_at_once() -> None:
+    work: list[str] = []
+    tilewright.compile(build("gpt2", seed=0), opt_level=1, unpad="on", progress=lambda *told: work.append(told[-1]))
+    assert work
+
+
 def test_a_file_generates_what_its_weights_say(file: Path) -> None:
     from tilewright.models.gguf_model import dense_model, load_gguf
 

@@ -29,7 +29,10 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; d
 
 
 def run_app() -> None:
-    """Runs the command line; errors of ours become one message and exit code 1, Ctrl-C exits with 130."""
+    """Runs the command line; errors of ours become one message and exit code 1, Ctrl-C exits with 130.
+
+    Output that nobody reads any more ends it silently with exit code 1, which is typer's own doing.
+    """
     try:
         # typer turns Ctrl-C into an exit, and an exit into a result.
         code = app(standalone_mode=False)
@@ -140,7 +143,8 @@ def export(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(help="a local folder, a hub name, or a .gguf file")],
-    prompt: Annotated[str, typer.Option(help="the text to go on from, or that an encoder-decoder reads")],
+    prompt: Annotated[str | None, typer.Option(help="the text to go on from, or that an encoder-decoder reads")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="or a file that has it; -: standard input")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="most tokens to make")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")] = False,
     sample: Annotated[bool | None, typer.Option("--sample/--greedy", help="default: as the model says")] = None,
@@ -160,6 +164,7 @@ def generate(
     """Stream the text that MODEL writes behind a prompt or, as an encoder-decoder, about it; and show how fast."""
     from tilewright.cli import generate as command
     from tilewright.cli import show
+    from tilewright.driver.options import CompileOptions
 
     asked = {
         "do_sample": sample,
@@ -175,9 +180,11 @@ def generate(
     if sample is None and not {"temperature", "top_k", "top_p", "min_p"}.isdisjoint(options):
         options["do_sample"] = True
     options["max_new_tokens"] = max_new_tokens
+    text = command.read_prompt(prompt, prompt_file)
+    choices = CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm)
     loaded = command.open_model(model)
-    ids = command.prompt_ids(loaded.tokenizer, prompt, chat)
-    opened = command.compile_model(loaded, opt_level, gemm, dtype)
+    ids = command.prompt_ids(loaded.tokenizer, text, chat)
+    opened = command.compile_model(loaded, ids, options, choices, quiet=as_json)
     outcome = command.stream(opened, ids, options, seed, show=not as_json)
     figures = command.report(outcome, opened.traffic)
     if as_json:

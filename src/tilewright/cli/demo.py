@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tilewright.cli import show
-from tilewright.cli.work import progress_bar
+from tilewright.cli.work import compile_progress, progress_bar
 from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.options import CompileOptions
 from tilewright.errors import InputError
@@ -117,12 +117,7 @@ def run_demo(out: Console, opt_level: int, batch: int, rounds: int, query: str, 
     seconds = {}
     for name in ("first", "again"):
         start = time.perf_counter()
-        with progress_bar(as_json) as bar:
-            task = bar.add_task("compiling", total=None)
-
-            def report(done: int, total: int, kernel: str, bar: Any = bar, task: Any = task) -> None:
-                bar.update(task, description=f"building {kernel}"[:48], completed=done, total=total)
-
+        with compile_progress(as_json) as report:
             compiled = CompiledModel(loaded.model, CompileOptions(opt_level=opt_level), progress=report)
         seconds[name] = time.perf_counter() - start
     result = compare(loaded.model, compiled, batches, rounds, as_json)

@@ -2,16 +2,18 @@
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import TextStreamer
 
-from tilewright.cli.app import parse_dtype
-from tilewright.driver.generators import generator_of, steps_of
+from tilewright.cli.work import compile_progress
+from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.traffic import Traffic, read_bandwidth, traffic
 from tilewright.errors import InputError, OptionError, TilewrightError
@@ -74,7 +76,9 @@ class TimedStreamer(TextStreamer):
         """Text that will not change any more."""
         self._outcome.text += text
         if self._show:
-            sys.stdout.write(text + ("\n" if stream_end else ""))
+            encoding = sys.stdout.encoding or "utf-8"
+            # A terminal that cannot show a character shows a question mark.
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + ("\n" if stream_end else ""))
             sys.stdout.flush()
 
 
@@ -90,15 +94,47 @@ def open_model(name: str) -> Loaded:
     return opened
 
 
-def compile_model(opened: Loaded, opt_level: int, gemm: str, dtype: str | None) -> Opened:
-    """Compiles a model so that it generates.
+def compile_model(
+    opened: Loaded, ids: torch.Tensor, options: Mapping[str, Any], choices: CompileOptions, *, quiet: bool
+) -> Opened:
+    """Checks the options of generating behind a prompt [1, n], and compiles the model for that.
 
     Raises:
         CacheRefused: it is no language model that can go on from tokens it has seen.
+        InputError: the prompt is too long.
+        OptionError: an option is out of range.
     """
-    model, stored = opened.model, opened.stored.stored if opened.stored is not None else None
-    steps = steps_of(model, CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm), stored=stored)
-    return Opened(generator_of(model, steps), opened.tokenizer, traffic(steps))
+    with compile_progress(quiet) as report:
+        compiled = CompiledModel(opened.model, choices, stored=opened.stored, progress=report)
+        with _option_errors():
+            # What is submitted has been checked, and runs when it is read, which nobody does.
+            compiled.submit(ids, tokenizer=opened.tokenizer, **options).cancel()
+    return Opened(compiled, opened.tokenizer, traffic(compiled.steps))
+
+
+def read_prompt(text: str | None, file: Path | None) -> str:
+    """The prompt: a text, or what a file has (``-``: standard input), without the end of its last line.
+
+    Raises:
+        InputError: there is none, or two; it cannot be read, or is not UTF-8.
+    """
+    if (text is None) == (file is None):
+        raise InputError(
+            "there is no prompt" if text is None else "there are two prompts",
+            hint="give --prompt TEXT, or --prompt-file FILE (- for standard input)",
+        )
+    try:
+        if file is None:
+            prompt = str(text)
+            prompt.encode()  # bytes of a command line that are no UTF-8 are lone surrogates
+        else:
+            content = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+            prompt = content.decode().removesuffix("\n").removesuffix("\r")
+    except (OSError, UnicodeError) as error:
+        raise InputError(
+            "cannot read the prompt", where=str(file or ""), why=str(error), hint="give UTF-8 text"
+        ) from None
+    return prompt
 
 
 def prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
@@ -130,17 +166,25 @@ def stream(opened: Opened, ids: torch.Tensor, options: Mapping[str, Any], seed: 
     streamer = TimedStreamer(opened.tokenizer, outcome, show)
     if seed is not None:
         transformers.set_seed(seed)
-    mask = torch.ones_like(ids)
+    given = {"attention_mask": torch.ones_like(ids), "streamer": streamer, "tokenizer": opened.tokenizer}
     try:
-        opened.generator.generate(ids, attention_mask=mask, streamer=streamer, tokenizer=opened.tokenizer, **options)
+        with _option_errors():
+            opened.generator.generate(ids, **given, **options)
     except KeyboardInterrupt:
         outcome.stopped = True
         streamer.end()
+    return outcome
+
+
+@contextmanager
+def _option_errors() -> Iterator[None]:
+    """What transformers says of options, as an error of ours."""
+    try:
+        yield
     except ValueError as error:
         if isinstance(error, TilewrightError):
             raise
         raise OptionError("an option is out of range, or does not fit another", why=str(error)) from error
-    return outcome
 
 
 def report(outcome: Outcome, read: Traffic) -> dict[str, Any]:

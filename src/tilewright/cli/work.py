@@ -2,7 +2,8 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch.fx import GraphModule
 from tilewright.cli.app import err, parse_dtype
 from tilewright.driver import artifact, graph_files
 from tilewright.driver.compiled import CompiledModel
+from tilewright.driver.kernels import Progress as CompileProgress
 from tilewright.driver.kernels import distinct_sources
 from tilewright.driver.onnx_export import export_onnx
 from tilewright.driver.options import CompileOptions
@@ -27,6 +29,18 @@ from tilewright.passes.observe import GraphDiffs
 from tilewright.passes.pipeline import pipeline, run_pipeline
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "config.json")
+
+
+@contextmanager
+def compile_progress(quiet: bool) -> Iterator[CompileProgress]:
+    """A progress bar for ``tilewright.compile``."""
+    with progress_bar(quiet) as bar:
+        task = bar.add_task("compiling", total=None)
+
+        def report(done: int, total: int, what: str) -> None:
+            bar.update(task, description=what[:48], completed=done, total=total)
+
+        yield report
 
 
 def progress_bar(quiet: bool) -> Progress:
@@ -59,13 +73,9 @@ def compile_model(
     options = CompileOptions(parse_dtype(dtype), opt_level, unpad, "auto", gemm)
     loaded = open_model(name)
     start = time.perf_counter()
-    with progress_bar(quiet) as bar:
-        task = bar.add_task("capturing", total=None)
-
-        def report(done: int, total: int, kernel: str) -> None:
-            bar.update(task, description=f"building {kernel}"[:48], completed=done, total=total)
-
+    with compile_progress(quiet) as report:
         compiled = CompiledModel(loaded.model, options, progress=report)
+        compiled.compile_usual()
     return loaded, compiled, time.perf_counter() - start
 
 
@@ -155,6 +165,7 @@ def inspect_model(name: str, opt_level: int, unpad: str, gemm: str, dtype: str |
     diffs = GraphDiffs()
     options = CompileOptions(parse_dtype(dtype), opt_level, unpad, "auto", gemm)
     compiled = CompiledModel(loaded.model, options, observers=(diffs,))
+    compiled.compile_usual()
     variants = [v.compiled for v in compiled.variants.values() if v.compiled is not None]
     records = variants[0].records if variants else ()
     sources = [s for v in variants if v.spec is not None for s in distinct_sources(v.spec)]

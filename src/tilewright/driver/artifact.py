@@ -40,6 +40,8 @@ def save(compiled: CompiledModel, folder: str | Path) -> Path:
     Raises:
         ArtifactError: nothing was compiled, the model runs eager, or the folder holds other files.
     """
+    if not compiled.variants:
+        compiled.compile_usual()
     made = [(signature, variant.compiled) for signature, variant in compiled.variants.items()]
     variants = [(signature, graph) for signature, graph in made if graph is not None and graph.spec is not None]
     if not variants:

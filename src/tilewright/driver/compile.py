@@ -78,6 +78,7 @@ def compile(
     without: Sequence[str] = (),
     activations: str = "int8",
     kv_dtype: torch.dtype | str | None = None,
+    progress: Progress | None = None,
 ) -> Any:
     """Compiles a model into Triton kernels.
 
@@ -103,11 +104,13 @@ def compile(
         activations: what the rows are that are multiplied with weights in blocks (of a file, or "int4"): "int8" rounds
             them by blocks of 32, which is faster, "float" does not.
         kv_dtype: type of the keys and values that generation keeps, "fp32", "bf16" or "fp16"; None: that of the model.
+        progress: called as ``progress(done, total, what)`` before each piece of work, whenever something is compiled.
 
     Returns:
         A ``CompiledModel``: a callable that takes what the model takes and returns the same output class with the same
         fields. Masked positions of per-token outputs are 0. A causal model, and an encoder-decoder, has ``generate`` as
-        transformers has it. Of a pipeline, a copy of its own class whose transformers models are compiled.
+        transformers has it; what it is used for is compiled when it is first used (``CompiledModel.warmup`` compiles
+        all). Of a pipeline, a copy of its own class whose transformers models are compiled.
 
     Raises:
         OptionError: an option has a value that is not a choice.
@@ -119,11 +122,11 @@ def compile(
     options = CompileOptions(dtype, opt_level, unpad, target, gemm, folder, tuple(without), activations, kv_dtype)
     if isinstance(model, str | Path) and Path(model).suffix == ".gguf":
         stored = load_gguf(model)
-        return CompiledModel(stored.model, options, stored=stored)
+        return CompiledModel(stored.model, options, stored=stored, progress=progress)
     if is_pipeline(model):
-        return compile_pipeline(model, options)
+        return compile_pipeline(model, options, progress)
     check_model(model)
-    return CompiledModel(model, options)
+    return CompiledModel(model, options, progress=progress)
 
 
 def compile_graph(

@@ -1,6 +1,9 @@
 """The compiled model: called like the model it was made from."""
 
+import contextlib
+import logging
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -9,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from transformers import GenerationMixin
 
 from tilewright.driver.generation import TextGenerator
 from tilewright.driver.generators import generator_of, steps_of
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
     from tilewright.passes.base import Observer
 
 
+_LOG = logging.getLogger("tilewright")
+
+
 @dataclass
 class Variant:
     """The model compiled for one way of calling it (which arguments are given); ``reason`` says why it runs eager."""
@@ -46,14 +53,17 @@ class CompiledModel:
     """A model compiled by ``tilewright.compile``.
 
     Which tensor arguments a call gives, and the values of its other arguments, select a variant. The usual one is
-    compiled at
-    once; another is compiled at its first call. Batch size and length never are a reason to compile.
+    compiled at once, another at its first call. Batch size and length never are a reason to compile.
+
+    A model that can generate has two uses, calls and generation, and many callers want one of them: here the usual
+    variant too is compiled at the first call, unless ``unpad="on"`` asks for a refusal at once; and the steps of
+    generation when they are first needed. ``warmup`` does all that is left. The logger ``tilewright`` says, at level
+    INFO, what is compiled and how long it took.
 
     Attributes:
         model: the model it was made from.
         options: the options it was compiled with.
-        stored: the file that holds the weights; ``model`` then has none of its own, and calls are compiled when they
-            are met.
+        stored: the file that holds the weights; ``model`` then has none of its own.
     """
 
     def __init__(
@@ -73,19 +83,24 @@ class CompiledModel:
         self._variants: dict[CallSignature, Variant] = {}
         self._fallbacks = Stats()
         self._eager: Any = None
+        self._steps: StepModel | CacheRefused | None = None
         self._generator: TextGenerator | None = None
         self._lock = threading.RLock()
         self._precision = precision_of(model, options)
         if self._precision.reason and options.model_dtype is not None:
             warnings.warn(f"tilewright: {self._precision.reason}", RuntimeWarning, stacklevel=3)
-        usual = default_signature(model)
-        if usual is not None and stored is None:
-            self._variant(usual, None)
+        if options.unpad == "on" or not self.can_generate:
+            self.compile_usual()
 
     @property
     def config(self) -> Any:
         """The model's configuration, where it has one."""
         return getattr(self.model, "config", None)
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether it is a language model, as transformers sees it; ``steps`` may refuse it all the same."""
+        return isinstance(self.model, GenerationMixin)
 
     @property
     def variants(self) -> dict[CallSignature, Variant]:
@@ -105,6 +120,8 @@ class CompiledModel:
                 found |= {f"eager part '{', '.join(step.origin)}'{of_call}": step.reason for step in eager}
             if variant.reason:
                 found[f"eager: {signature}"] = variant.reason
+        if isinstance(self._steps, CacheRefused):
+            found["generate"] = str(self._steps)
         return found
 
     @property
@@ -148,7 +165,7 @@ class CompiledModel:
         The first call compiles the model into steps.
 
         Raises:
-            CacheRefused: it cannot go on from tokens it has seen; says at which node.
+            CacheRefused: as of ``steps``.
             OptionError, InputError, ValueError: as of ``TextGenerator.generate``.
         """
         return self.generator.generate(*args, **kwargs)
@@ -164,39 +181,59 @@ class CompiledModel:
     @property
     def cached_model(self) -> CachedModel:
         """What computes when text is generated; so a compiled model serves as ``assistant_model`` of another."""
-        return self.generator.cached_model
+        return self.steps
 
     @property
     def generator(self) -> TextGenerator:
-        """Generates text; the first use compiles the model into steps.
+        """Generates text; its first call checks options, then compiles the model into steps.
+
+        Raises:
+            CacheRefused: it is no language model.
+        """
+        with self._lock:
+            if self._generator is None:
+                if not self.can_generate:
+                    raise self._no_language_model()
+                self._generator = generator_of(self.model, lambda: self.steps)
+            return self._generator
+
+    @property
+    def steps(self) -> StepModel:
+        """The model compiled into steps of generation, at the first use: what an engine drives.
 
         Raises:
             CacheRefused: it cannot go on from tokens it has seen; says at which node.
         """
         with self._lock:
-            if self._generator is None:
-                self._generator = generator_of(self.model, self.steps())
-            return self._generator
+            if self._steps is None:
+                self._steps = self._compile_steps()
+            if isinstance(self._steps, CacheRefused):
+                raise self._steps.with_traceback(None)
+            return self._steps
 
-    def steps(self) -> StepModel:
-        """The model compiled into steps of generation, anew: what an engine drives.
+    def compile_usual(self) -> Variant | None:
+        """Compiles the usual call, with ids and a mask, unless it is done; None where no such call is known.
 
         Raises:
-            CacheRefused: it cannot go on from tokens it has seen; says at which node.
+            PackingRefused: ``unpad="on"``, and its padding cannot be removed.
         """
-        if not getattr(self.model, "can_generate", bool)():
-            kind = type(self.model).__name__
-            raise CacheRefused(
-                f"{kind} cannot generate", why="it is no language model", hint="compile one, such as a ...ForCausalLM"
-            )
-        stored = self.stored.stored if self.stored is not None else None
-        return steps_of(self.model, self.options, stored=stored, observers=self._observers, progress=self._progress)
+        usual = default_signature(self.model)
+        return self._variant(usual, None) if usual is not None else None
 
     def warmup(self) -> None:
-        """Runs once on a tiny input, so that memory is touched and lazily loaded code is in place."""
+        """Compiles what is not compiled yet, and runs it once, so that memory is touched and code is in place.
+
+        Of a model that can generate that is the usual call and the steps. Refused steps are no error here: ``reasons``
+        has them under "generate", and ``generate`` raises them.
+        """
+        self.compile_usual()
         for variant in self.variants.values():
             if variant.compiled is not None and variant.info is not None:
                 variant.compiled(*example_inputs(variant.info))
+        if self.can_generate:
+            with contextlib.suppress(CacheRefused):
+                one = torch.zeros(1, dtype=torch.int64)
+                self.submit(one, max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1).result()
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSignature:
         return signature_of(self.model, args, kwargs)
@@ -251,6 +288,7 @@ class CompiledModel:
         from tilewright.driver.compile import compile_graph
 
         check_model(self.model)
+        start = self._begin(f"for calls with {signature}")
         try:
             gm = capture(self.model, signature, example, dtype=self._precision.capture)
             round_results(gm, self._precision)
@@ -260,9 +298,36 @@ class CompiledModel:
                     "padding cannot be removed: the model cannot be captured", why=str(error)
                 ) from error
             return Variant(None, None, str(error))
-        stored = self.stored.stored if self.stored is not None else None
-        compiled = compile_graph(gm, self.options, observers=self._observers, progress=self._progress, stored=stored)
+        compiled = compile_graph(gm, self.options, **self._context())
+        _LOG.info("compiled in %.1f s", time.perf_counter() - start)
         return Variant(compiled, info(compiled.graph))
+
+    def _compile_steps(self) -> "StepModel | CacheRefused":
+        if not self.can_generate:
+            return self._no_language_model()
+        start = self._begin("into steps of generation")
+        try:
+            steps = steps_of(self.model, self.options, **self._context())
+        except CacheRefused as error:
+            return error
+        _LOG.info("compiled in %.1f s", time.perf_counter() - start)
+        return steps
+
+    def _no_language_model(self) -> CacheRefused:
+        what = f"{type(self.model).__name__} cannot generate"
+        return CacheRefused(what, why="it is no language model", hint="compile one, such as a ...ForCausalLM")
+
+    def _begin(self, what: str) -> float:
+        """Says what is compiled; returns when that began."""
+        _LOG.info("compiling %s %s", type(self.model).__name__, what)
+        if self._progress is not None:
+            self._progress(0, 1, "capturing")
+        return time.perf_counter()
+
+    def _context(self) -> dict[str, Any]:
+        """What every compilation of this model is given besides the options."""
+        stored = self.stored.stored if self.stored is not None else None
+        return {"stored": stored, "observers": self._observers, "progress": self._progress}
 
     def __repr__(self) -> str:
         return f"CompiledModel({type(self.model).__name__}, {self.options})"

@@ -6,7 +6,8 @@ to the engine as a request; beam search is transformers' own loop over page tabl
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,16 +42,14 @@ class TextGenerator(_Mixin):
     """Generates text with a cached model.
 
     Args:
-        model: what computes.
+        model: what computes, or a function that makes it: it is called when options and prompts of the first call have
+            been checked.
         config: configuration of the model it was made from.
         generation_config: defaults of ``generate``; None for those in ``config``.
         pages: of the pool for keys and values, fixed: requests wait or are computed anew where it is too small for all
             of them. None: it grows to what the largest call has needed.
         token_budget: most tokens in a step; longer prompts are computed in chunks.
         max_sequences: most sequences in a step, beam search excepted.
-
-    Attributes:
-        cached_model: what computes.
     """
 
     main_input_name = "input_ids"
@@ -60,7 +59,7 @@ class TextGenerator(_Mixin):
 
     def __init__(
         self,
-        model: CachedModel,
+        model: CachedModel | Callable[[], CachedModel],
         config: PretrainedConfig,
         generation_config: GenerationConfig | None = None,
         *,
@@ -68,7 +67,7 @@ class TextGenerator(_Mixin):
         token_budget: int = 512,
         max_sequences: int = 64,
     ) -> None:
-        self.cached_model = model
+        self._model = model
         self.config = config
         self.generation_config = generation_config or GenerationConfig.from_model_config(config)
         self._pages = pages
@@ -76,6 +75,11 @@ class TextGenerator(_Mixin):
         self._max_sequences = max_sequences
         self._engine: Engine | None = None
         self._growing = threading.Lock()
+
+    @cached_property
+    def cached_model(self) -> CachedModel:
+        """What computes."""
+        return self._model if isinstance(self._model, CachedModel) else self._model()
 
     @property
     def engine(self) -> Engine:

@@ -1,5 +1,6 @@
 """A model of transformers compiled so that it generates: a causal one, or an encoder-decoder."""
 
+from collections.abc import Callable
 from typing import Any
 
 from tilewright.driver.generation import TextGenerator
@@ -7,7 +8,7 @@ from tilewright.driver.generation_sources import SourceTextGenerator
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.source_steps import compile_source_steps
 from tilewright.driver.steps import StepModel, compile_steps
-from tilewright.ir.steps import SourceModel
+from tilewright.ir.steps import CachedModel
 
 
 def steps_of(model: Any, options: CompileOptions, **given: Any) -> StepModel:
@@ -20,7 +21,7 @@ def steps_of(model: Any, options: CompileOptions, **given: Any) -> StepModel:
     return compile_(model, options, **given)
 
 
-def generator_of(model: Any, steps: StepModel) -> TextGenerator:
-    """Generates with the steps of a model."""
-    kind = SourceTextGenerator if isinstance(steps, SourceModel) else TextGenerator
-    return kind(steps, model.config, model.generation_config)
+def generator_of(model: Any, make_steps: Callable[[], CachedModel]) -> TextGenerator:
+    """Generates with the steps of a model, which are made when they are first needed."""
+    kind = SourceTextGenerator if model.config.is_encoder_decoder else TextGenerator
+    return kind(make_steps, model.config, model.generation_config)

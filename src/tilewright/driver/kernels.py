@@ -7,6 +7,7 @@ from tilewright.ir.kernels import BuiltKernel, KernelSource
 from tilewright.ir.program import Choice, KernelStep, ProgramSpec, Step
 
 Progress = Callable[[int, int, str], None]
+"""Told before each piece of work: how many are done, how many there are of this kind, and what it is."""
 
 
 def kernel_steps(steps: Iterable[Step]) -> Iterator[KernelStep]:
@@ -30,7 +31,7 @@ def build_kernels(
     """Builds every distinct kernel of the program, from the cache where it is there.
 
     Args:
-        progress: called before each kernel with (number done, number in all, kernel name).
+        progress: called before each kernel.
 
     Returns:
         The built kernels; and those that cannot be built, with the reason.
@@ -42,7 +43,7 @@ def build_kernels(
     failed: dict[KernelSource, str] = {}
     for done, source in enumerate(sources):
         if progress is not None:
-            progress(done, len(sources), source.name)
+            progress(done, len(sources), f"building {source.name}")
         try:
             built[source] = build(source)
         except (CodegenError, UnsupportedOp) as error:

@@ -6,12 +6,14 @@ each transformers model in it is replaced, in a copy of the pipeline that shares
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from tilewright.driver.compiled import CompiledModel
+from tilewright.driver.kernels import Progress
 from tilewright.driver.options import CompileOptions
 from tilewright.errors import CaptureError
 from tilewright.models.capture import check_model
@@ -66,12 +68,13 @@ def is_pipeline(model: Any) -> bool:
     )
 
 
-def compile_pipeline(pipeline: Any, options: CompileOptions) -> Any:
+def compile_pipeline(pipeline: Any, options: CompileOptions, progress: Progress | None = None) -> Any:
     """A copy of the pipeline in which every transformers model is compiled.
 
     Args:
         pipeline: a ``SentenceTransformer``, ``CrossEncoder`` or another of their kind. It is not changed.
         options: how to compile each model.
+        progress: as of ``tilewright.compile``.
 
     Returns:
         An object of the same class. It shares tokenizer, further modules and weights with the pipeline.
@@ -79,7 +82,7 @@ def compile_pipeline(pipeline: Any, options: CompileOptions) -> Any:
     Raises:
         CaptureError: a model of the pipeline is in training mode, or no transformers model is in it.
     """
-    made = _with_compiled(pipeline, options, {})
+    made = _with_compiled(pipeline, partial(CompiledModel, options=options, progress=progress), {})
     if not list(backbones(made)):
         raise CaptureError(
             "the pipeline holds no transformers model",
@@ -97,7 +100,9 @@ def backbones(pipeline: nn.Module) -> Iterator[CompiledModel]:
             yield module.compiled
 
 
-def _with_compiled(module: nn.Module, options: CompileOptions, made: dict[nn.Module, nn.Module]) -> nn.Module:
+def _with_compiled(
+    module: nn.Module, compile_one: Callable[[nn.Module], CompiledModel], made: dict[nn.Module, nn.Module]
+) -> nn.Module:
     """The module with compiled models in the place of transformers models; a module used twice stays one."""
     from transformers import PreTrainedModel
 
@@ -105,9 +110,9 @@ def _with_compiled(module: nn.Module, options: CompileOptions, made: dict[nn.Mod
         return made[module]
     if isinstance(module, PreTrainedModel):
         check_model(module)
-        made[module] = CompiledBackbone(module, CompiledModel(module, options))
+        made[module] = CompiledBackbone(module, compile_one(module))
         return made[module]
-    children = {name: child and _with_compiled(child, options, made) for name, child in module._modules.items()}
+    children = {name: child and _with_compiled(child, compile_one, made) for name, child in module._modules.items()}
     if all(children[name] is child for name, child in module._modules.items()):
         return module
     made[module] = copy.copy(module)

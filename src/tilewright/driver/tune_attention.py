@@ -42,7 +42,7 @@ def attention_timings(
         opt_level: how finely to measure; below 2, with the setting ``tune`` off, or in checked mode, in which kernels
             take longer, nothing is measured.
         compile_one: compiles a normalized graph with one form alone and returns what runs it.
-        progress: called before each problem with (number done, number in all, name).
+        progress: called before each problem.
     """
     if opt_level not in _EFFORT or not may_measure():
         return {}

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tilewright.driver.kernels import Progress
 from tilewright.driver.timing_store import Timings, may_measure, stored_or_measured
 from tilewright.ir.facts import TensorType, TupleType, all_facts, fact, find_fact, set_fact
 from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, get_tensor, info, set_info, update_info
@@ -32,7 +33,6 @@ _MOST_REGIONS = 2
 """Regions of one problem that are timed together, so that each finds the other's weight in the nearer caches."""
 
 Compile = Callable[[GraphModule], Callable[..., Any]]
-Progress = Callable[[int, int, str], None]
 
 
 def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, progress: Progress | None) -> Measurements:
@@ -43,7 +43,7 @@ def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, prog
         opt_level: how long to measure; below 2, with the setting ``tune`` off, or in checked mode, in which kernels
             take longer, nothing is measured.
         compile_one: compiles a graph at level specialized and returns what runs it.
-        progress: called before each problem with (number done, number in all, name).
+        progress: called before each problem.
     """
     if opt_level not in _EFFORT or not may_measure():
         return Measurements()
