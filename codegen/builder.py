@@ -17,7 +17,7 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
 
     Returns:
         "as_is" and "vendor": unchanged (the vendor's own form is opaque); "kn": [K, N]; "panels:P": [ceil(N/P), K, P];
-        "panels:P:G": [ceil(N/P), K/G, P, G]; "blocks:F:P" of bytes in format F: [ceil(N/P), P * bytes of a row].
+        "panels:P:G": [ceil(N/P), K/G, P, G]; "blocks:F:P" of bytes in format F: as of ``panel_bytes``.
         Panels of a weight [.., N, K] have its outer axes in front.
 
     Raises:

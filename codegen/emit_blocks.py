@@ -20,12 +20,9 @@ from tilewright.codegen.writer import Var
 from tilewright.errors import CodegenError
 from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ops.block_linear import BLOCK_LINEAR, BLOCK_LINEAR_INT8, ROUNDED_BLOCK
-from tilewright.ops.block_panels import has_panels
-from tilewright.ops.blocks import block_format
+from tilewright.ops.block_panels import PanelForm, has_panels, panel_form
+from tilewright.ops.blocks import BlockFormat, block_format
 
-_TURNS = {"Q4_K": 4, "Q5_K": 4, "Q6_K": 2}
-"""Turns of a loop that a block is read in. Written out as a whole, each load of a block of 256 would be an instruction
-of its own, more than a page from where it reads next, and prefetchers of processors do not follow such steps."""
 PANEL = 64
 """Rows of a panel: four vectors of 16 sums, which hide the latency of the product instruction."""
 
@@ -52,35 +49,40 @@ def multiply_blocks(
     form = block_format(given["format"])
     if not has_panels(form.name):
         raise CodegenError(f"no kernel multiplies weights in {form.name}", where=where(anchor))
-    writer.reserve(
-        "block", "block_ptr", "turn", "group", "panel_ptr", "x_block", "numbers", "scale", "minimum", "total"
-    )
+    panel = panel_form(form.name)
+    writer.reserve("block", "block_ptr", "group", "panel_ptr", "x_block", "numbers", "scale", "minimum", "total")
     panels = _panels(evaluator, builder, anchor, f"blocks:{form.name}:{PANEL}")
-    writer.statement(f"panel_ptr = {panels} + tl.program_id(1).to(tl.int64) * ({form.row_bytes(k)} * BLOCK_N)")
+    writer.statement(
+        f"panel_ptr = {panels} + tl.program_id(1).to(tl.int64) * ({k // panel.block * panel.nbytes} * BLOCK_N)"
+    )
     writer.statement("acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
-    size = min(form.group, ROUNDED_BLOCK)
-    given_rows = _Rows(evaluator, anchor, rows, k)
+    rows_of = _Rows(evaluator, anchor, rows, k)
     if fact(given["input"], TensorType).dtype == torch.float64:
         raise CodegenError(
             "products in block formats are computed in fp32, and these rows are fp64", where=where(anchor)
         )
-    turns = _TURNS.get(form.name, 1)
-    rounded = anchor.target is BLOCK_LINEAR_INT8
-    with writer.block(f"for block in range(0, {k // form.block}):"):
-        writer.statement(f"block_ptr = panel_ptr + block * ({form.nbytes} * BLOCK_N)")
-        groups = form.block // size // turns
-        with writer.block(f"for turn in range(0, {turns}):"), writer.block(f"for group in tl.static_range({groups}):"):
-            start = f"block * {form.block} + turn * {groups * size} + group * {size}"
-            x = given_rows.elements(start, size, rounded)
-            writer.statement(f"numbers, scale, minimum = unpack_{form.name.lower()}(block_ptr, turn, group, BLOCK_N)")
-            if rounded:
-                x_scale, x_sum = given_rows.scales(f"({start}) // {ROUNDED_BLOCK}")
-                writer.statement(f"total = tl.dot({x}, numbers, out_dtype=tl.int32)")
-                writer.statement(f"acc += total.to(tl.float32) * scale * {x_scale}")
-                if form.has_minimums:
-                    writer.statement(f"acc -= minimum * {x_sum}")
-            else:
-                writer.statement(f"acc = tl.dot({x}, numbers.to(tl.float32) * scale - minimum, acc)")
+    with writer.block(f"for block in range(0, {k // panel.block}):"):
+        writer.statement(f"block_ptr = panel_ptr + block * ({panel.nbytes} * BLOCK_N)")
+        with writer.block(f"for group in range(0, {panel.groups}):"):
+            _multiply_group(rows_of, form, panel, rounded=anchor.target is BLOCK_LINEAR_INT8)
+
+
+def _multiply_group(rows: "_Rows", form: BlockFormat, panel: PanelForm, rounded: bool) -> None:
+    """Adds the product of one group to ``acc``."""
+    writer = rows.evaluator.writer
+    start = f"block * {panel.block} + group * {panel.group}"
+    x = rows.elements(start, panel.group, rounded)
+    writer.statement(f"numbers, scale, minimum = unpack_{form.name.lower()}(block_ptr, group, BLOCK_N)")
+    if rounded:
+        x_scale, x_sum = rows.scales(f"({start}) // {ROUNDED_BLOCK}")
+        writer.statement(f"total = tl.dot({x}, numbers, out_dtype=tl.int32)")
+        writer.statement(f"acc += total.to(tl.float32) * scale * {x_scale}")
+    else:
+        x_sum = f"tl.sum({x}, 1, keep_dims=True)"
+        writer.statement(f'total = tl.dot({x}, numbers.to(tl.float32), input_precision="ieee")')
+        writer.statement("acc += total * scale")
+    if form.has_minimums:
+        writer.statement(f"acc -= minimum * {x_sum}")
 
 
 def _panels(evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, layout: str) -> str:

@@ -2,9 +2,8 @@
 
 ``element_*`` reads single elements where rows lie as in ``tilewright.ops.blocks``. ``unpack_*`` reads a panel of P rows
 whose fields lie side by side (``tilewright.ops.block_panels``): numbers 4 * w to 4 * w + 3 of a group are neighbouring
-bytes for each row, as products of bytes want them. A block is read in
-turns; the number of a group is that in its turn. It returns the group's numbers [K, P] int8, and scales and minimums
-[1, P]. Only what all lanes share decides anything, so no branch is left in a kernel.
+bytes for each row, as products of bytes want them. It returns the numbers [K, P] int8 of one group of a block, and
+scales and minimums [1, P]. Panels are read once, front to back, which is what ``evict_first`` says.
 """
 
 import triton
@@ -98,8 +97,13 @@ def element_int8(row, k, mask):
 
 
 @triton.jit
-def load_bytes(ptr, words: tl.constexpr, P: tl.constexpr):
-    return tl.load(ptr + tl.arange(0, words)[:, None] * (4 * P) + tl.arange(0, 4 * P)[None, :])
+def stream(ptr):
+    return tl.load(ptr, eviction_policy="evict_first")
+
+
+@triton.jit
+def panel_bytes(ptr, words: tl.constexpr, P: tl.constexpr):
+    return stream(ptr + tl.arange(0, words)[:, None] * (4 * P) + tl.arange(0, 4 * P)[None, :])
 
 
 @triton.jit
@@ -110,71 +114,71 @@ def as_group(numbers, P: tl.constexpr):
 
 @triton.jit
 def panel_halves(ptr, P: tl.constexpr):
-    halves = ptr.to(tl.pointer_type(tl.float16), bitcast=True)
-    return tl.load(halves + tl.arange(0, P)[None, :]).to(tl.float32)
+    return stream(ptr.to(tl.pointer_type(tl.float16), bitcast=True) + tl.arange(0, P)[None, :]).to(tl.float32)
 
 
 @triton.jit
-def panel_words(ptr, P: tl.constexpr):
-    return tl.load(ptr.to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, P)[None, :])
+def panel_scales(ptr, P: tl.constexpr):
+    return stream(ptr + tl.arange(0, P)[None, :])
 
 
 @triton.jit
-def unpack_q4_0(block, turn, group: tl.constexpr, P: tl.constexpr):
-    packed = load_bytes(block + 2 * P, 4, P)[None, :, :] >> (4 * tl.arange(0, 2)).to(tl.uint8)[:, None, None]
-    return as_group(((packed & 15) - 8).reshape(8, 4 * P), P), panel_halves(block, P), 0.0
+def lowest_bits(ptr, words: tl.constexpr, P: tl.constexpr):
+    shifts = (4 * tl.arange(0, 2)).to(tl.uint8)[None, :, None]
+    return ((panel_bytes(ptr, words // 2, P)[:, None, :] >> shifts) & 15).reshape(words, 4 * P)
 
 
 @triton.jit
-def unpack_q5_0(block, turn, group: tl.constexpr, P: tl.constexpr):
-    packed = load_bytes(block + 6 * P, 4, P)[None, :, :] >> (4 * tl.arange(0, 2)).to(tl.uint8)[:, None, None]
-    high = load_bytes(block + 2 * P, 1, P) >> tl.arange(0, 8).to(tl.uint8)[:, None]
-    numbers = (packed & 15).reshape(8, 4 * P) | ((high & 1) << 4)
+def upper_bits(ptr, words: tl.constexpr, P: tl.constexpr):
+    bits: tl.constexpr = 8 // words
+    shifts = (bits * tl.arange(0, words)).to(tl.uint8)[:, None]
+    return ((panel_bytes(ptr, 1, P) >> shifts) & ((1 << bits) - 1)) << 4
+
+
+@triton.jit
+def unpack_q4_0(block, group, P: tl.constexpr):
+    return as_group(lowest_bits(block + 2 * P, 8, P) - 8, P), panel_halves(block, P), 0.0
+
+
+@triton.jit
+def unpack_q5_0(block, group, P: tl.constexpr):
+    numbers = lowest_bits(block + 6 * P, 8, P) | upper_bits(block + 2 * P, 8, P)
     return as_group(numbers - 16, P), panel_halves(block, P), 0.0
 
 
 @triton.jit
-def unpack_q8_0(block, turn, group: tl.constexpr, P: tl.constexpr):
-    return as_group(load_bytes(block + 2 * P, 8, P), P), panel_halves(block, P), 0.0
+def unpack_q8_0(block, group, P: tl.constexpr):
+    return as_group(panel_bytes(block + 2 * P, 8, P), P), panel_halves(block, P), 0.0
 
 
 @triton.jit
-def panel_scales_k(block, group, P: tl.constexpr):
-    shift = 8 * (group % 4)
-    low, least = panel_words(block + 4 * P, P) >> shift, panel_words(block + 8 * P, P) >> shift
-    shared = panel_words(block + 12 * P, P) >> shift
-    low = tl.where(group < 4, low, (shared & 15) | ((low >> 2) & 48))
-    least = tl.where(group < 4, least, ((shared >> 4) & 15) | ((least >> 2) & 48))
-    scale = panel_halves(block, P) * (low & 63).to(tl.float32)
-    return scale, panel_halves(block + 2 * P, P) * (least & 63).to(tl.float32)
+def scale_and_minimum(block, start, P: tl.constexpr):
+    scale = panel_halves(block, P) * panel_scales(start, P).to(tl.float32)
+    return scale, panel_halves(block + 2 * P, P) * panel_scales(start + P, P).to(tl.float32)
 
 
 @triton.jit
-def unpack_q4_k(block, turn, group: tl.constexpr, P: tl.constexpr):
-    packed = load_bytes(block + (16 + turn * 32) * P, 8, P)
-    scale, minimum = panel_scales_k(block, 2 * turn + group, P)
-    return as_group((packed >> (4 * group)) & 15, P), scale, minimum
+def unpack_q4_k(block, group, P: tl.constexpr):
+    start = block + (4 + 18 * group) * P
+    scale, minimum = scale_and_minimum(block, start, P)
+    return as_group(lowest_bits(start + 2 * P, 8, P), P), scale, minimum
 
 
 @triton.jit
-def unpack_q5_k(block, turn, group: tl.constexpr, P: tl.constexpr):
-    packed = load_bytes(block + (48 + turn * 32) * P, 8, P)
-    high = load_bytes(block + 16 * P, 8, P) >> (2 * turn).to(tl.uint8)
-    scale, minimum = panel_scales_k(block, 2 * turn + group, P)
-    return as_group(((packed >> (4 * group)) & 15) | (((high >> group) & 1) << 4), P), scale, minimum
+def unpack_q5_k(block, group, P: tl.constexpr):
+    start = block + (4 + 22 * group) * P
+    scale, minimum = scale_and_minimum(block, start, P)
+    return as_group(lowest_bits(start + 6 * P, 8, P) | upper_bits(start + 2 * P, 8, P), P), scale, minimum
 
 
 @triton.jit
-def unpack_q6_k(block, turn, group: tl.constexpr, P: tl.constexpr):
-    part: tl.constexpr = group // 2
-    packed = load_bytes(block + (turn * 64 + part % 2 * 32 + group % 2 * 16) * P, 4, P)
-    high = load_bytes(block + (128 + turn * 32 + group % 2 * 16) * P, 4, P)
-    numbers = ((packed >> (part // 2 * 4)) & 15) | (((high >> (part * 2)) & 3) << 4)
-    scale = (panel_words(block + (192 + turn * 8 + group // 4 * 4) * P, P) << (24 - 8 * (group % 4))) >> 24
-    return as_group(numbers - 32, P), panel_halves(block + 208 * P, P) * scale.to(tl.float32), 0.0
+def unpack_q6_k(block, group, P: tl.constexpr):
+    start = block + (2 + 13 * group) * P
+    scale = panel_halves(block, P) * panel_scales(start, P).to(tl.int8, bitcast=True).to(tl.float32)
+    return as_group((lowest_bits(start + 5 * P, 4, P) | upper_bits(start + P, 4, P)) - 32, P), scale, 0.0
 
 
 @triton.jit
-def unpack_int4(block, turn, group: tl.constexpr, P: tl.constexpr):
-    packed = load_bytes(block + 4 * P, 8, P)
-    return as_group((packed >> (4 * group)) & 15, P), panel_halves(block, P), -panel_halves(block + 2 * P, P)
+def unpack_int4(block, group, P: tl.constexpr):
+    numbers = lowest_bits(block + (4 + 16 * group) * P, 8, P)
+    return as_group(numbers, P), panel_halves(block, P), -panel_halves(block + 2 * P, P)

@@ -167,24 +167,26 @@ def unpacked(
     else:
         place = (tl.arange(0, K // 8)[:, None, None] * N + cols[None, :, None]) * 4 + tl.arange(0, 4)[None, None, :]
     packed = tl.load(w_ptr + place)
-    acc = tl.zeros([BM, N], tl.int32)
+    acc = tl.zeros([BM, N], out_ptr.dtype.element_ty)
     for half in tl.static_range(2):
         part = tl.load(x_ptr + rows[:, None] * K + half * (K // 2) + tl.arange(0, K // 2)[None, :])
         numbers = ((packed >> (4 * half)) & 15).to(tl.int8, bitcast=True) - OFFSET
-        acc = tl.dot(part, numbers.reshape(K // 8, N, 4).permute(0, 2, 1).reshape(K // 2, N), acc, out_dtype=tl.int32)
+        numbers = numbers.reshape(K // 8, N, 4).permute(0, 2, 1).reshape(K // 2, N)
+        acc = tl.dot(part, numbers.to(part.dtype), acc, input_precision="ieee", out_dtype=acc.dtype)
     tl.store(out_ptr + rows[:, None] * N + cols[None, :], acc)
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(("shape", "offset"), [(2, 8), (3, 8), (2, 0)])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 64), (5, 16, 32), (16, 4, 64), (8, 1, 16)])
-def test_weights_unpacked_in_groups(features, m, n, k, shape, offset):
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 64, 64), (5, 16, 32), (16, 4, 64), (8, 1, 16), (8, 64, 64)])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_weights_unpacked_in_groups(features, m, n, k, shape, offset, dtype):
     rows = 1 << (m - 1).bit_length()
-    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8)
+    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8).to(dtype)  # in fp32 all sums are exact
     weight = torch.randint(0, 16, (k, n), dtype=torch.int8) - offset
     low, high = (part.view(k // 8, 4, n).transpose(1, 2) + offset for part in weight.chunk(2))
     packed = (low | (high << 4)).to(torch.uint8).contiguous()
-    out = torch.empty(rows, n, dtype=torch.int32)
+    out = torch.empty(rows, n, dtype=torch.int32 if dtype == torch.int8 else torch.float32)
     with_features(unpacked, features)((1,), x, packed, out, N=n, BM=rows, K=k, SHAPE=shape, OFFSET=offset)
     assert torch.equal(out.long(), x.long() @ weight.long())
 

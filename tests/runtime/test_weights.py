@@ -5,7 +5,7 @@ import torch
 
 from tilewright.errors import TilewrightError
 from tilewright.ir.program import Weight
-from tilewright.ops.block_panels import to_panels
+from tilewright.ops.block_panels import panel_bytes, to_panels
 from tilewright.runtime.weights import PackedLinear, lay_out, load_weights, vendor_packs
 
 
@@ -80,7 +80,7 @@ def test_an_unknown_layout_is_refused(layout: str) -> None:
 def test_panels_of_blocks() -> None:
     data = torch.randint(0, 256, (70, 2 * 144), dtype=torch.uint8)
     found = lay_out(data, "blocks:Q4_K:64")
-    want = torch.empty(2, 64 * 288, dtype=torch.uint8)
+    want = torch.empty(panel_bytes("Q4_K", (70, 2 * 144), 64), dtype=torch.uint8)
     to_panels("Q4_K", data, 64, want)
     assert isinstance(found, torch.Tensor)
     assert torch.equal(found, want)

@@ -4,6 +4,7 @@ from tilewright.codegen.cpu.ttir.literals import python_value
 from tilewright.codegen.cpu.ttir.records import I8, Value
 
 _ANY = 255
+_LEAST_SIGNED, _LARGEST_SIGNED = -128, 127
 _SAME = {"tt.reshape", "tt.trans", "tt.broadcast", "tt.expand_dims", "tt.splat", "tt.bitcast"}
 
 
@@ -29,6 +30,21 @@ def largest_byte(value: Value) -> int:
     if shift is None or not 0 <= shift < 8:
         return _ANY
     return largest_byte(left) >> shift if op.name == "arith.shrui" else min(_ANY, largest_byte(left) << shift)
+
+
+def without_offset(value: Value) -> tuple[Value, int]:
+    """(u, c) of bytes computed as u - c that do not wrap around, u read as unsigned; (value, 0) of any other."""
+    op = value.op
+    while op is not None and op.name == "tt.bitcast":
+        op = op.operands[0].op
+    if op is None or op.name not in ("arith.subi", "arith.addi"):
+        return value, 0
+    constant = splat_constant(op.operands[1])
+    if constant is None:
+        return value, 0
+    offset = -constant if op.name == "arith.addi" else constant
+    fits = 0 < offset <= -_LEAST_SIGNED and largest_byte(op.operands[0]) - offset <= _LARGEST_SIGNED
+    return (op.operands[0], offset) if fits else (value, 0)
 
 
 def splat_constant(value: Value) -> int | None:

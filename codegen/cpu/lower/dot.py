@@ -84,11 +84,14 @@ def lower_dot(ctx: Context, op: Op) -> None:
 
 def _in_place(ctx: Context, op: Op, left: Tile, acc: Buffer, zero: bool) -> bool:
     """Writes the product of few rows with computed bytes without a copy of these; False where it is another product."""
-    if left.elem != I8 or op.operands[0].shape[1] % BYTES_OF_WORD:
+    right = op.operands[1]
+    if left.elem == F32 and right.op is not None and right.op.name == "arith.sitofp" and right not in ctx.bindings:
+        right = right.op.operands[0]
+    if left.elem not in (I8, F32) or right.elem != I8 or op.operands[0].shape[1] % BYTES_OF_WORD:
         return False
-    source = grouped_bytes(ctx, op.operands[1], BYTES_OF_WORD)
-    m, n = op.result.shape
-    if source is None or not fits_inline(ctx, m, n, left, source):
+    source = grouped_bytes(ctx, right, BYTES_OF_WORD)
+    rows, columns = op.result.shape
+    if source is None or not fits_inline(ctx, rows, columns, left):
         return False
     inline_dot(ctx, left, source, acc, zero)
     return True

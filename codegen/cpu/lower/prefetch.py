@@ -20,13 +20,18 @@ def read_ahead(ctx: Context, op: Op, pointer: Lane) -> None:
     level = max(ctx.b.level_of(pointer.base), ctx.levels[op.result], ctx.relies)
     for offset in range(0, pointer.width * op.result.elem.size, LINE):
         at = ctx.b.emit(f"getelementptr i8, ptr {pointer.base}, i64 {AHEAD + offset}", level)
+        if ctx.b.memoized((read_ahead, at)):
+            continue
+        ctx.b.memoize((read_ahead, at), True, level)
         ctx.b.effect(f"call void @llvm.prefetch.p0(ptr {at}, i32 0, i32 3, i32 1)", level)
 
 
 def is_stream(ctx: Context, op: Op) -> bool:
-    """Whether a load reads a long run of memory of its program's own."""
+    """Whether a load reads memory of its program's own in a long run, or says that it will not be read again."""
     if op not in ctx.streams:
-        ctx.streams[op] = _of_program(op.operands[0]) and _run(ctx, op.operands[0]) * op.result.elem.size >= LEAST_RUN
+        once = op.attrs.get("evictionPolicy") == "evict_first"
+        long = once or _run(ctx, op.operands[0]) * op.result.elem.size >= LEAST_RUN
+        ctx.streams[op] = long and _of_program(op.operands[0])
     return ctx.streams[op]
 
 

@@ -1,39 +1,90 @@
-"""Panels of weights in block formats: the bytes of a file, moved so that vectors run over rows.
+"""Panels of weights in block formats: the bytes of a file, laid out once so that vectors run over rows.
 
-A panel holds P rows. For each block along K it has the fields of the block one after the other, each field cut into
-units of 2 or 4 bytes, and unit u of all P rows side by side: ``[N / P, K / block, field, u, P, unit]``. So 4 neighbours
-along K of 16 rows fill a vector of 64 bytes, scales of 16 rows are one load, and a program reads one contiguous piece
-of memory, in the order it needs it. There are as many bytes as before, but for rows of zeros in the last panel.
+A panel holds P rows. Along K it is a row of blocks; a block has its head (scales that all its groups share), then its
+groups of elements one after another, each with all that is its own: scales, bits above the lowest four, and the lowest
+four. Each such field is cut into units of 1, 2 or 4 bytes, and unit u of all P rows lie side by side. So the scales of
+16 rows are one load, 4 neighbours along K of 16 rows fill a vector of 64 bytes, and a program reads one contiguous
+piece of memory in the order it needs it, a group at a time, with nothing to be kept from one group for the next.
+
+The numbers of a group are words of 4 neighbours. Bits of a byte of a field belong to its place in the word: of word
+2 w the lowest four bits are in the lower half of byte 4 w + b, of word 2 w + 1 in its upper half; the bits above, 1 or
+2, are those of word w at bit w or 2 w of byte b. A scale of 6 bits has a byte of its own, so Q4_K and Q5_K take 148 and
+180 bytes where a file has 144 and 176; all else takes what it took, but for rows of zeros in the last panel.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tilewright.errors import InputError
-from tilewright.ops.blocks import block_format
+from tilewright.ops.blocks import block_format, scales_of_k, unpack
 
-# Offset, bytes and bytes of a unit of each field; fields are in the order they have in a block.
-_FIELDS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "Q8_0": ((0, 2, 2), (2, 32, 4)),
-    "Q5_0": ((0, 2, 2), (2, 4, 4), (6, 16, 4)),
-    "Q4_0": ((0, 2, 2), (2, 16, 4)),
-    "Q4_K": ((0, 2, 2), (2, 2, 2), (4, 140, 4)),
-    "Q5_K": ((0, 2, 2), (2, 2, 2), (4, 172, 4)),
-    "Q6_K": ((0, 208, 4), (208, 2, 2)),
-    "int4": ((0, 2, 2), (2, 2, 2), (4, 32, 4)),
-}
-_HIGH_BITS = {"Q5_0": (2, 6)}  # 32 bits, one an element
 _STEP_BYTES = 1 << 20  # of rows laid out at a time, so that what passes through memory stays in the caches
+_UNITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+Field = tuple[Tensor, int]
+"""Bytes [panels, P, blocks, bytes of the field], of a group [panels, P, blocks, groups, bytes], and bytes of a unit."""
+
+
+@dataclass(frozen=True)
+class PanelForm:
+    """Sizes of a block in a panel.
+
+    Attributes:
+        block: elements of K of a block.
+        head: bytes a row in front of the groups.
+        group: elements of a group.
+        group_bytes: bytes a row of a group.
+        offset: what is added to the numbers so that none is below zero.
+    """
+
+    block: int
+    head: int
+    group: int
+    group_bytes: int
+    offset: int = 0
+
+    @property
+    def groups(self) -> int:
+        """Groups of a block."""
+        return self.block // self.group
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a row of a block."""
+        return self.head + self.groups * self.group_bytes
+
+
+_FORMS = {
+    "Q8_0": PanelForm(32, 0, 32, 34),
+    "Q5_0": PanelForm(32, 0, 32, 22, offset=16),
+    "Q4_0": PanelForm(32, 0, 32, 18, offset=8),
+    "Q4_K": PanelForm(256, 4, 32, 18),
+    "Q5_K": PanelForm(256, 4, 32, 22),
+    "Q6_K": PanelForm(256, 2, 16, 13, offset=32),
+    "int4": PanelForm(64, 4, 32, 16),
+}
 
 
 def has_panels(name: str) -> bool:
     """Whether a format has a form in panels: those of quantized elements in blocks along K."""
-    return name in _FIELDS
+    return name in _FORMS
+
+
+def panel_form(name: str) -> PanelForm:
+    """Sizes of a format's blocks in panels.
+
+    Raises:
+        InputError: the format has no panels.
+    """
+    if name not in _FORMS:
+        raise InputError(f"{name} has no form in panels", why="its elements are numbers, or its block is a whole row")
+    return _FORMS[name]
 
 
 def panel_bytes(name: str, shape: tuple[int, int], width: int) -> tuple[int, int]:
     """(number of panels, bytes of one) for data [N, bytes of a row] in panels of ``width`` rows."""
-    return -(-shape[0] // width), shape[1] * width
+    return -(-shape[0] // width), shape[1] // block_format(name).nbytes * panel_form(name).nbytes * width
 
 
 def to_panels(name: str, data: Tensor, width: int, out: Tensor) -> None:
@@ -42,15 +93,13 @@ def to_panels(name: str, data: Tensor, width: int, out: Tensor) -> None:
     Args:
         name: a format for which ``has_panels``.
         data: [N, bytes of a row] uint8.
-        width: rows of a panel, P.
-        out: [panels, P * bytes of a row] uint8, contiguous; rows beyond N become zeros.
+        width: rows of a panel, P, a multiple of 4.
+        out: uint8 in the shape of ``panel_bytes``, contiguous; rows beyond N become zeros.
 
     Raises:
         InputError: the format has no panels.
     """
-    if not has_panels(name):
-        raise InputError(f"{name} has no form in panels", why="its elements are numbers, or its block is a whole row")
-    nbytes = block_format(name).nbytes
+    form, nbytes = panel_form(name), block_format(name).nbytes
     n, row = data.shape
     step = max(1, _STEP_BYTES // max(1, row * width)) * width
     for first in range(0, n, step):
@@ -60,35 +109,50 @@ def to_panels(name: str, data: Tensor, width: int, out: Tensor) -> None:
             padded = torch.zeros(count * width, row, dtype=torch.uint8)
             padded[: rows.shape[0]] = rows
             rows = padded
-        blocks = rows.view(count, width, row // nbytes, nbytes)
-        panels = out[first // width : first // width + count].view(count, row // nbytes, nbytes * width)
-        for offset, size, unit in _FIELDS[name]:
-            field = _field(name, blocks, offset, size)
-            target = panels[..., offset * width : (offset + size) * width]
-            _copy_units(field, target, width, unit)
+        head, groups = _fields(name, form, rows.view(count, width, row // nbytes, nbytes))
+        panels = out[first // width : first // width + count].view(count, row // nbytes, form.nbytes * width)
+        _place(head, panels[..., : form.head * width], width)
+        each = panels[..., form.head * width :].unflatten(-1, (form.groups, form.group_bytes * width))
+        _place(groups, each, width)
 
 
-def _field(name: str, blocks: Tensor, offset: int, size: int) -> Tensor:
-    field = blocks[..., offset : offset + size]
-    if (offset, offset + size) == _HIGH_BITS.get(name):
-        return _turn_bits(field)
-    return field
+def _place(fields: list[Field], target: Tensor, width: int) -> None:
+    """Fields one after the other into the bytes of a head or a group, units of all rows side by side."""
+    offset = 0
+    for field, unit in fields:
+        size = field.shape[-1] * width
+        units = target[..., offset : offset + size].view(_UNITS[unit]).unflatten(-1, (-1, width))
+        units.copy_(field.contiguous().view(_UNITS[unit]).movedim(1, -1))
+        offset += size
 
 
-def _copy_units(field: Tensor, target: Tensor, width: int, unit: int) -> None:
-    """``field`` [panels, P, blocks, bytes] to ``target`` [panels, blocks, bytes * P]; all offsets are even."""
-    halves = target.view(torch.int16).unflatten(-1, (field.shape[-1] // unit, width, unit // 2))
-    source = field.view(torch.int16).unflatten(-1, (field.shape[-1] // unit, unit // 2))
-    halves.copy_(source.permute(0, 2, 3, 1, 4))
+def _fields(name: str, form: PanelForm, blocks: Tensor) -> tuple[list[Field], list[Field]]:
+    """Fields of the head and of a group, in order, of rows of blocks [panels, P, blocks, bytes]."""
+    if name == "Q8_0":
+        return [], [(blocks[..., None, :2], 2), (blocks[..., None, 2:], 4)]
+    values = unpack(name, blocks.flatten(0, 1).flatten(1)).values + form.offset
+    numbers = values.view(torch.uint8).view(*blocks.shape[:-1], form.groups, form.group)
+    low = (_lowest_bits(numbers), 4)
+    if name in ("Q4_0", "Q5_0"):
+        scale = (blocks[..., None, :2], 2)
+        return [], [scale, low] if name == "Q4_0" else [scale, (_upper_bits(numbers), 4), low]
+    if name == "Q6_K":
+        return [(blocks[..., 208:], 2)], [(blocks[..., 192:208, None], 1), (_upper_bits(numbers), 4), low]
+    head = [(blocks[..., :2], 2), (blocks[..., 2:4], 2)]
+    if name == "int4":
+        return head, [low]
+    scales = [(part[..., None], 1) for part in scales_of_k(blocks[..., 4:16])]
+    return head, [*scales, low] if name == "Q4_K" else [*scales, (_upper_bits(numbers), 4), low]
 
 
-def _turn_bits(field: Tensor) -> Tensor:
-    """32 bits in 4 bytes, bit 4 w + b moved to bit w of byte b: then byte b has those of its own neighbours."""
-    words = field.contiguous().view(torch.int32)
-    turned = torch.zeros_like(words)
-    for b in range(4):
-        bits = (words >> b) & 0x11111111
-        for shift, keep in ((3, 0x03030303), (6, 0x000F000F), (12, 0x000000FF)):
-            bits = (bits | (bits >> shift)) & keep
-        turned |= bits << (8 * b)
-    return turned.view(torch.uint8)
+def _lowest_bits(numbers: Tensor) -> Tensor:
+    """The lowest four bits of numbers [.., K], two a byte: [.., K / 2]."""
+    pairs = (numbers & 15).unflatten(-1, (-1, 2, 4))
+    return (pairs[..., 0, :] | (pairs[..., 1, :] << 4)).flatten(-2)
+
+
+def _upper_bits(numbers: Tensor) -> Tensor:
+    """The bits above the lowest four of numbers [.., K], 32 or 16 of them, those of all words together: [.., 4]."""
+    words = (numbers >> 4).unflatten(-1, (-1, 4))
+    shifts = torch.arange(0, 8, 8 // words.shape[-2], dtype=torch.uint8)[:, None]
+    return (words << shifts).sum(-2, dtype=torch.uint8)

@@ -209,16 +209,16 @@ def _decode_q8_0(data: Tensor) -> Quants:
     return _symmetric(blocks[..., 2:].view(torch.int8), _half(blocks[..., :2]), 32)
 
 
-def _scales_k(part: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minimums of 6 bits of the 8 groups of a block: [.., 12] to twice [.., 8] fp32."""
-    scale, least, high = part.view(*part.shape[:-1], 3, 4).unbind(-2)
+def scales_of_k(part: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and minimums of 6 bits of the 8 groups of a block in Q4_K or Q5_K: [.., 12] to twice [.., 8] uint8."""
+    scale, least, high = part.reshape(*part.shape[:-1], 3, 4).unbind(-2)
     scales = torch.cat((scale & 63, (high & 15) | ((scale >> 2) & 48)), -1)
     minimums = torch.cat((least & 63, (high >> 4) | ((least >> 2) & 48)), -1)
-    return scales.float(), minimums.float()
+    return scales, minimums
 
 
 def _decode_k(blocks: Tensor, values: Tensor) -> Quants:
-    scales, minimums = _scales_k(blocks[..., 4:16])
+    scales, minimums = (part.float() for part in scales_of_k(blocks[..., 4:16]))
     scales, minimums = _half(blocks[..., :2]) * scales, _half(blocks[..., 2:4]) * minimums
     return Quants(values.to(torch.int8).flatten(1), scales.flatten(1), minimums.flatten(1), 32)
 
