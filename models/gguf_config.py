@@ -34,6 +34,9 @@ _FIELDS = {
 """Keys and the fields that hold them; a config class has at most one of each."""
 
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NUMBERS = ("embedding_length", "block_count", "attention.key_length", "attention.value_length")
+"""Keys that are compared with tensors, so they must be one number each."""
+
 _BIASES = {"attention_bias": ".attn_q.bias", "mlp_bias": ".ffn_up.bias"}
 """Fields that say whether linears have biases, and the end of the name of a tensor that is there if they do."""
 
@@ -111,6 +114,8 @@ def _check(file: GgufFile, arch: str, keys: Mapping[str, Any]) -> None:
     for key, value in keys.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise wrong(key, "a finite number was expected")
+        if key in _NUMBERS and type(value) is not int:
+            raise wrong(key, "a whole number was expected")
     table = file.tensors.get("token_embd.weight")
     if table is None or len(table.shape) != 2:
         hint = "this is not the file of a language model, or it is incomplete"

@@ -33,6 +33,7 @@ _OTHER_TYPES = {
 }  # fmt: skip
 _VERSIONS = (2, 3)
 _MOST_AXES = 4
+_LEAST_ALIGNMENT = 8  # of the format; less, and numbers could not be read in place
 _LEAST_ENTRY = 8 + 4 + 1  # bytes: a key's length, a type, a value
 _LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes: a name's length, the number of axes, type, offset
 
@@ -161,9 +162,10 @@ def _metadata(cursor: Cursor, count: int) -> tuple[dict[str, Any], dict[str, tup
 def _alignment(cursor: Cursor, metadata: Mapping[str, Any], entries: Mapping[str, tuple[int, int]]) -> int:
     key = "general.alignment"
     alignment = metadata.get(key, 32)
-    if type(alignment) is not int or alignment <= 0 or alignment & (alignment - 1) or alignment > cursor.size:
+    if type(alignment) is not int or alignment < _LEAST_ALIGNMENT or alignment & (alignment - 1):
         cursor.item = f"key '{key}'"
-        raise cursor.error("the alignment is no power of two", f"it is {alignment!r}", at=entries[key][0])
+        why = f"it is {alignment!r}; a power of two from {_LEAST_ALIGNMENT} on was expected"
+        raise cursor.error("the alignment is wrong", why, at=entries[key][0])
     return alignment
 
 

@@ -46,19 +46,16 @@ def choose(turns: Sequence[Turn], logits: Tensor) -> list[str | None]:
 
 def _take(turn: Turn, token: int | Exception, logits: Tensor, best: Sequence[int]) -> str | None:
     request = turn.request
-    try:
-        for index in range(len(turn.drafts) + 1):
-            if index:
-                token = _one_token(request, logits, best, turn.row + index)
-            if isinstance(token, Exception):
-                raise token
-            request.append(token)
-            reason = request.end_reason()
-            if reason is not None or index == len(turn.drafts) or token != turn.drafts[index]:
-                return reason
-    except Exception as error:
-        request.error = error
-        return "error"
+    for index in range(len(turn.drafts) + 1):
+        if index:
+            token = _one_token(request, logits, best, turn.row + index)
+        if isinstance(token, Exception):
+            request.error = token
+            return "error"
+        request.append(token)
+        reason = request.end_reason()
+        if reason is not None or index == len(turn.drafts) or token != turn.drafts[index]:
+            return reason
     return None
 
 
@@ -93,20 +90,26 @@ def _draw(scores: Sequence[Tensor], generator: torch.Generator | None) -> Sequen
         return [error] if len(scores) == 1 else [_draw([each], generator)[0] for each in scores]
 
 
-def _one_token(request: Request, logits: Tensor, best: Sequence[int], row: int) -> int:
+def _one_token(request: Request, logits: Tensor, best: Sequence[int], row: int) -> int | Exception:
     options = request.options
     if options.sampling.plain and not (options.keep_logits or options.keep_scores):
         return best[row]
-    scores = _scores(request, logits[row : row + 1], shared=False)
-    return draw(scores, options.sampling.generator)[0] if options.sampling.do_sample else largest(scores)[0]
+    try:
+        scores = _scores(request, logits[row : row + 1], shared=False)
+        return draw(scores, options.sampling.generator)[0] if options.sampling.do_sample else largest(scores)[0]
+    except Exception as error:
+        return error
 
 
 def _scores(request: Request, logits: Tensor, shared: bool) -> Tensor:
-    """Scores [1, V] of logits [1, V], both recorded if the request keeps them; processors may work in place."""
-    options = request.options
+    """Scores [1, V] of logits [1, V], both recorded if the request keeps them; processors may work in place.
+
+    They are recorded in the place of the next token: an interruption may have left others there.
+    """
+    options, place = request.options, request.made
     if options.keep_logits:
-        request.logits.append(logits[0].clone())
+        request.logits[place:] = [logits[0].clone()]
     scores = options.sampling.process(request.input_ids, logits.clone() if shared else logits)
     if options.keep_scores:
-        request.scores.append(scores[0].clone())
+        request.scores[place:] = [scores[0].clone()]
     return scores

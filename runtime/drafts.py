@@ -130,10 +130,9 @@ class DraftModel:
         return [guesses for group in groups for guesses in self._propose_together(group)]
 
     def forget(self, key: Hashable) -> None:
-        """Lets its pages go."""
-        draft = self._drafts.pop(key, None)
-        if draft is not None:
-            draft.table.release()
+        """Lets its pages go. All are counted anew: an interruption may have lost some."""
+        self._drafts.pop(key, None)
+        self._allocator.recount([page for draft in self._drafts.values() for page in draft.table.pages])
 
     def _propose_together(self, asks: Sequence[Ask]) -> list[list[int]]:
         """Token by token, all sequences in one step; first each catches up with what it has become."""
@@ -170,13 +169,16 @@ class DraftModel:
         if draft is None:
             draft = self._drafts[ask.key] = _Draft(PageTable(self._allocator))
         draft.agree(ask.tokens)
+        # All of it or none: what could not be finished would be begun anew for every token.
+        stop = len(ask.tokens)
+        if stop > self.model.max_length or draft.table.reserve(draft.computed, stop) is None:
+            self.forget(ask.key)
+            return False
         share = self._buffers.tokens // self._buffers.sequences
-        while (missing := len(ask.tokens) - draft.computed) > share:
+        while (missing := stop - draft.computed) > share:
             fresh = ask.tokens[draft.computed :][: min(self._buffers.tokens, missing - share)]
             fill = self._advance(draft, fresh, 0)
-            if fill is None:
-                self.forget(ask.key)
-                return False
+            assert fill is not None, "there are pages"
             self._step([fill])
         return True
 

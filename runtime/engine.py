@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -76,10 +75,14 @@ class Engine:
         self._stats = EngineStats()
         self._arrivals = itertools.count()
         self._stepping = threading.Lock()
+        self._inside: int | None = None  # the thread that holds it
+        self._unfinished = False  # whether a change has begun and not ended
+        self._ended = threading.Condition()  # told at the end of each step
+        self._ends = 0
         # Changes asked for while a step may be running in another thread, or in the middle of a step in this one.
         self._incoming: deque[Request] = deque()
         self._cancelled: deque[Request] = deque()
-        self._next_steps: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Task[bool]] = WeakKeyDictionary()
+        self._next_steps: dict[asyncio.AbstractEventLoop, asyncio.Task[None]] = {}
 
     @property
     def pages(self) -> int:
@@ -146,24 +149,39 @@ class Engine:
         """Runs one step; returns whether there was anything to do.
 
         Raises:
-            Exception: what the model raised. Requests stand as they stood before, and the next call tries again.
+            Exception: what the model raised. Requests keep their tokens, and the next call tries again.
+            InputError: it is called from inside of a step, by a processor or a stopping criterion.
         """
-        with self._stepping:
-            self._take_changes()
-            try:
+        self._refuse_inside()
+        try:
+            with self._stepping:
+                self._begin()
                 did = self._step()
-            except BaseException:
-                self._recover()
-                raise
-        self._settle()
+                self._end()
+        finally:
+            self._leave()
         return did
+
+    def progress(self) -> None:
+        """Runs a step; if another thread is running one, waits for the end of that instead.
+
+        So threads that read requests of one engine see each step's tokens, whoever runs it.
+        """
+        with self._ended:
+            seen = self._ends
+            if self._stepping.locked() and self._inside != threading.get_ident():
+                # Not for ever: Ctrl-C may come before the other thread tells.
+                self._ended.wait_for(lambda: self._ends != seen or not self._stepping.locked(), timeout=1)
+                return
+        self.step()
 
     async def next_step(self) -> None:
         """Waits for the end of a step that all tasks of this event loop wait for together; it runs in a thread."""
         loop = asyncio.get_running_loop()
         task = self._next_steps.get(loop)
-        if task is None or task.done():
-            task = self._next_steps[loop] = loop.create_task(asyncio.to_thread(self.step))
+        if task is None:
+            task = self._next_steps[loop] = loop.create_task(asyncio.to_thread(self.progress))
+            task.add_done_callback(lambda _: self._next_steps.pop(loop, None))
         await asyncio.shield(task)
 
     @contextmanager
@@ -183,15 +201,17 @@ class Engine:
                 why=f"it needs {pages} pages of {self.model.page_size} slots, there are {self.pages}",
                 hint="give more pages, fewer beams, shorter prompts or fewer new tokens",
             )
-        with self._stepping:
-            self._take_changes()
-            while self._allocator.available < pages:
-                self._scheduler.preempt(self._scheduler.running[-1])
-            try:
+        self._refuse_inside()
+        try:
+            with self._stepping:
+                self._begin()
+                while self._allocator.available < pages:
+                    self._scheduler.preempt(self._scheduler.running[-1])
                 yield self._allocator, self._pool
-            finally:
-                self._recover()
-        self._settle()
+                self._scheduler.recount()
+                self._end()
+        finally:
+            self._leave()
 
     def _step(self) -> bool:
         parts, copies = self._scheduler.plan(self._propose())
@@ -227,7 +247,7 @@ class Engine:
             request.computed += part.count
             request.table.publish(request.tokens, request.computed)
             if wanted:
-                followers = self._scheduler.fork(request) if request.followers else []
+                followers = self._scheduler.fork(request)
                 turns.append(Turn(request, row, part.drafts, bool(followers)))
                 turns += [Turn(follower, row, shared=True) for follower in followers]
             row += wanted
@@ -252,37 +272,75 @@ class Engine:
                 asked.setdefault(request.options.drafter, []).append(request)
         drafts: dict[Request, Sequence[int]] = {}
         for drafter, requests in asked.items():
-            asks = [Ask(each.arrival, each.tokens, each.most_drafts) for each in requests]
+            asks = [Ask(each, each.tokens, each.most_drafts) for each in requests]
             drafts |= dict(zip(requests, drafter.propose(asks), strict=True))
         return drafts
 
     def _finish(self, request: Request, reason: str) -> None:
-        self._scheduler.finish(request, reason)
         if request.options.drafter is not None:
-            request.options.drafter.forget(request.arrival)
+            request.options.drafter.forget(request)
+        self._scheduler.finish(request, reason)
+
+    def _refuse_inside(self) -> None:
+        if self._stepping.locked() and self._inside == threading.get_ident():
+            raise InputError(
+                "a step cannot run inside of a step",
+                why="a logits processor or stopping criterion generates with the model that called it",
+                hint="give it a compiled model of its own",
+            )
+
+    def _begin(self) -> None:
+        """The first thing in a change of the books, by the thread that holds the engine.
+
+        An error or Ctrl-C may leave a change between any two lines: then ``_unfinished`` stays, and the next change
+        starts all requests anew. Not a context manager: only the lock's own ``with`` is safe from interruptions.
+        """
+        self._inside = threading.get_ident()
+        if self._unfinished:
+            self._restart()
+        self._unfinished = True
+        self._take_changes()
+
+    def _end(self) -> None:
+        """The last thing in a change: the books are right."""
+        self._unfinished = False
+        self._inside = None
+
+    def _leave(self) -> None:
+        """After a change, whatever came of it: tells those who wait for its end, and does what has been asked for."""
+        if self._inside == threading.get_ident():
+            self._inside = None
+        with self._ended:
+            self._ends += 1
+            self._ended.notify_all()
+        self._settle()
 
     def _settle(self) -> None:
-        """Ends what was cancelled now, or leaves it to the thread that is running a step."""
-        while self._cancelled and self._stepping.acquire(blocking=False):
-            try:
-                self._take_changes()
-            finally:
-                self._stepping.release()
+        """Ends what was cancelled, and clears up an interruption: now, or at the end of a step of another thread."""
+        while (self._cancelled or self._unfinished) and not self._stepping.locked():
+            with self._stepping:
+                self._begin()
+                self._end()
 
     def _take_changes(self) -> None:
+        """What was asked for; a change stays in its queue until it is made."""
         while self._incoming:
-            self._scheduler.add(self._incoming.popleft())
+            self._scheduler.add(self._incoming[0])
+            self._incoming.popleft()
         while self._cancelled:
-            request = self._cancelled.popleft()
+            request = self._cancelled[0]
             if request.status is not Status.FINISHED:
                 self._finish(request, "cancelled")
+            self._cancelled.popleft()
 
-    def _recover(self) -> None:
-        """Counts pages anew after an interruption, which may have come between any two lines of a change."""
-        self._scheduler.recount()
-        for request in self._scheduler.running:
+    def _restart(self) -> None:
+        """All requests wait, with the tokens they have; those whose last token is their end are finished."""
+        for request in self._scheduler.restart():
             if request.options.drafter is not None:
-                request.options.drafter.forget(request.arrival)
+                request.options.drafter.forget(request)
+            reason = request.end_reason()
+            if reason is not None:
+                self._finish(request, reason)
 
 
 def _fill(part: Part) -> Fill:

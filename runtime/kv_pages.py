@@ -181,6 +181,10 @@ class PageTable:
         pages, self.pages, self._digests = self.pages, [], []
         self._allocator.let_go(pages)
 
+    def clear(self) -> None:
+        """Names no pages any more; they are not let go, but about to be counted anew."""
+        self.pages, self._digests = [], []
+
     def _is_shared(self, index: int) -> bool:
         return self._allocator.holders(self.pages[index]) > 1
 

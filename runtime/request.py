@@ -67,6 +67,8 @@ class Request:
         computed: tokens whose keys lie in pages.
         table: its pages.
         source: what it is written behind, of a model that reads sources.
+        leader: a request with the same prompt, which is computed for both; None for one that comes alone.
+        followers: requests whose leader it is.
         status: where it stands.
         finish_reason: "eos", "length", "stop", "cancelled" or "error", once it is finished.
         error: what a processor or a stopping criterion of this request raised.
@@ -127,6 +129,11 @@ class Request:
         return self.status is Status.FINISHED
 
     @property
+    def follows(self) -> bool:
+        """Whether it is to start on the pages of its leader, which does not have the whole prompt yet."""
+        return self.leader is not None and not self.leader.made and not self.leader.finished
+
+    @property
     def pending(self) -> int:
         """Tokens whose keys are not computed yet; 1 while decoding."""
         return self.length - self.computed
@@ -151,17 +158,17 @@ class Request:
         self.length += 1
 
     def end_reason(self) -> str | None:
-        """Why the request ends with the token it has last, or None; a stopping criterion may raise."""
+        """Why the request ends with the token it has last, or None. What a stopping criterion raises is an end too."""
         options = self.options
+        if self.error is not None:
+            return "error"
+        if self.made == 0:
+            return None
         if int(self._tokens[self.length - 1]) in options.eos_token_ids:
             return "eos"
         if self.length >= self.limit:
             return "length"
-        if options.stop is not None:
-            scores = tuple(score.unsqueeze(0) for score in self.scores) if options.keep_scores else None
-            if options.stop(self.input_ids, scores):
-                return "stop"
-        return None
+        return self._stop_reason(options.stop) if options.stop is not None else None
 
     def cancel(self) -> None:
         """Ends the request; its pages come back at once, or when the step that uses them ends."""
@@ -186,7 +193,7 @@ class Request:
                     yield int(self._tokens[sent - 1])
                 if self.finished:
                     break
-                self._engine.step()
+                self._engine.progress()
         finally:
             self.cancel()
         self._raise()
@@ -205,6 +212,14 @@ class Request:
         finally:
             self.cancel()
         self._raise()
+
+    def _stop_reason(self, stop: Stop) -> str | None:
+        try:
+            scores = tuple(score.unsqueeze(0) for score in self.scores) if self.options.keep_scores else None
+            return "stop" if stop(self.input_ids, scores) else None
+        except Exception as error:
+            self.error = error
+            return "error"
 
     def _raise(self) -> None:
         if self.error is not None:

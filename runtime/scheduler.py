@@ -43,8 +43,9 @@ class Scheduler:
         return [request for request in self.running if request.pending == 1]
 
     def add(self, request: Request) -> None:
-        """A new request waits its turn."""
-        insort(self.waiting, request, key=_arrival)
+        """A new request waits its turn; nothing happens to one that waits already."""
+        if request not in self.waiting:
+            insort(self.waiting, request, key=_arrival)
 
     def plan(self, drafts: Mapping[Request, Sequence[int]]) -> tuple[list[Part], list[tuple[int, int]]]:
         """The parts of the next step, and the pages to copy before it.
@@ -64,7 +65,9 @@ class Scheduler:
         return parts, copies
 
     def fork(self, leader: Request) -> list[Request]:
-        """The followers that start now, on the pages of their leader, whose prompt is complete."""
+        """The followers that start now, on the pages of their leader; none but when its prompt is just complete."""
+        if leader.made:
+            return []
         started = []
         for follower in leader.followers:
             if follower.status is not Status.WAITING or len(self.running) >= self.max_sequences:
@@ -75,7 +78,6 @@ class Scheduler:
             self._run(follower)
             self.waiting.remove(follower)
             started.append(follower)
-        self._dismiss_followers(leader)
         return started
 
     def finish(self, request: Request, reason: str) -> None:
@@ -96,17 +98,27 @@ class Scheduler:
         self.preempted += 1
 
     def recount(self) -> None:
-        """Makes the books right again after an interruption: what runs is what holds pages."""
-        self.running = [request for request in self.running if not request.finished]
-        running = set(self.running)
-        self.waiting = deque(each for each in self.waiting if each not in running and not each.finished)
-        for request in self.waiting:
-            request.status = Status.WAITING
-            request.table.pages.clear()
-            if request.source is not None:
-                request.source.pages.clear()
-            self._lose_pages(request)
+        """Lets go of all pages that no running request holds."""
         self.allocator.recount([page for request in self.running for page in request.pages])
+
+    def restart(self) -> list[Request]:
+        """All requests wait and hold no pages; returns them. They keep their tokens, and full pages can be found.
+
+        For after an interruption in the middle of a change: nothing but tokens, and the content of full pages, is
+        believed. Even a table may name a page that was to be copied into, and was not.
+        """
+        requests = sorted({*self.running, *self.waiting}, key=_arrival)
+        requests = [request for request in requests if not request.finished]
+        self.waiting = deque(requests)
+        self.running = []
+        for request in requests:
+            request.status = Status.WAITING
+            request.table.clear()
+            if request.source is not None:
+                request.source.clear()
+            request.computed = 0
+        self.recount()
+        return requests
 
     def _shares(self, drafts: Mapping[Request, Sequence[int]]) -> list[Part]:
         """How the budget is shared out among running requests, in the order of arrival."""
@@ -147,8 +159,8 @@ class Scheduler:
         for request in tuple(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_sequences:
                 return
-            if request.leader is not None:
-                continue  # starts on its leader's pages, when these are complete
+            if request.follows:
+                continue
             request.computed = request.table.adopt_prefix(request.tokens)
             unread = request.source if request.source is not None and not request.source.adopt() else None
             needed = self.allocator.pages_for(request.length) - len(request.table.pages)
@@ -174,11 +186,3 @@ class Scheduler:
         if request.source is not None:
             request.source.release()
         request.computed = 0
-        self._dismiss_followers(request)
-
-    @staticmethod
-    def _dismiss_followers(leader: Request) -> None:
-        """From here on they start like any other request."""
-        for follower in leader.followers:
-            follower.leader = None
-        leader.followers = []

@@ -74,6 +74,10 @@ class SourcePages:
         pages, self.pages, self.ready = self.pages, [], False
         self._allocator.let_go(pages)
 
+    def clear(self) -> None:
+        """Names no pages any more; they are not let go, but about to be counted anew."""
+        self.pages, self.ready = [], False
+
     def _digest(self, index: int) -> bytes:
         return hashlib.blake2b(self.digest + index.to_bytes(8, "little"), digest_size=16).digest()
 

@@ -111,6 +111,20 @@ def test_followers_of_a_cancelled_request_start_by_themselves() -> None:
     assert first.finish_reason == "cancelled"
 
 
+def test_followers_wait_with_a_leader_that_finds_no_pages() -> None:
+    model = ReferenceModel(GPT2)
+    engine = Engine(model, pages=10, token_budget=64, max_sequences=8)
+    first, second = prompts(20, 17)
+    before = engine.add_request(first, max_new_tokens=3)
+    engine.step()
+    twins = engine.add_requests(second, [RequestOptions(max_new_tokens=2)] * 3)
+    before.result()
+    model.steps.clear()
+    for request in twins:
+        assert request.result() == greedy(GPT2, second, 2)
+    assert model.steps == [[17], [1, 1, 1]]
+
+
 PROMPTS = [[1], [1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9], [9] * 8, [1, 2, 3, 4, 9, 9, 9]]
 
 

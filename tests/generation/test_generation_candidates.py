@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tilewright.driver.generation_candidates import AmongCandidates, on_candidates
+from tilewright.runtime.sampling import draw
 
 IDS = torch.tensor([[1, 2]])
 OPTIONS = {
@@ -63,6 +64,15 @@ def test_only_what_stands_behind_top_k_is_gathered() -> None:
     assert (first, last) == (own, own)
     assert isinstance(among, AmongCandidates)
     assert on_candidates([]) == ()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")], ids=["nan", "nothing left"])
+def test_scores_that_are_no_distribution_stay_so(value: float) -> None:
+    scores = torch.zeros(1, 16).index_fill(1, torch.arange(16) if value < 0 else torch.tensor([3]), value)
+    for processor in on_candidates([TopKLogitsWarper(3), MinPLogitsWarper(0.1), TopPLogitsWarper(0.9)]):
+        scores = processor(IDS, scores)
+    with pytest.raises(RuntimeError, match="probability"):
+        draw(scores, None)
 
 
 @pytest.mark.parametrize("filter_value", [-1e9])

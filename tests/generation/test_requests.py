@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -116,6 +117,53 @@ def test_threads_share_the_engine() -> None:
         thread.join(60)
     assert [found[index] for index in range(len(given))] == [greedy(GPT2, prompt, 9) for prompt in given]
     assert engine.free_pages == 20
+
+
+def test_a_thread_that_waits_takes_the_tokens_of_another_ones_step() -> None:
+    model = ReferenceModel(GPT2)
+    engine = Engine(model, pages=20)
+    request = engine.add_request([1, 2, 3], max_new_tokens=9)
+    step, inside, go = model.step, threading.Event(), threading.Event()
+
+    def waiting(pool: Any, batch: Any) -> torch.Tensor:
+        inside.set()
+        assert go.wait(60)
+        return step(pool, batch)
+
+    model.step = waiting  # type: ignore[method-assign]
+    runs = threading.Thread(target=engine.step)
+    runs.start()
+    assert inside.wait(60)
+    made: list[int] = []
+    reads = threading.Thread(target=lambda: made.append(next(iter(request))))
+    reads.start()
+    time.sleep(0.05)  # it stands at the engine by now
+    go.set()
+    runs.join(60)
+    reads.join(60)
+    assert made == greedy(GPT2, [1, 2, 3], 1)
+    assert engine.stats.steps == 1
+
+
+def test_nothing_is_left_of_an_event_loop() -> None:
+    engine = _engine()
+    for _ in range(3):
+        asyncio.run(_read(engine.add_request([1, 2, 3], max_new_tokens=2)))
+    assert not engine._next_steps
+
+
+@pytest.mark.parametrize("where", ["processor", "stop"])
+def test_a_step_inside_of_a_step_is_refused(where: str) -> None:
+    engine = _engine()
+
+    def inside(ids: torch.Tensor, scores: Any) -> Any:
+        return engine.add_request([1, 2], max_new_tokens=1).result()
+
+    options: dict[str, Any] = {"sampling": Sampling((inside,))} if where == "processor" else {"stop": inside}
+    request = engine.add_request([1, 2, 3], max_new_tokens=2, **options)
+    with pytest.raises(InputError, match="inside of a step"):
+        request.result()
+    assert engine.add_request([1, 2, 3], max_new_tokens=2).result() == greedy(GPT2, [1, 2, 3], 2)
 
 
 def test_cancelling_while_a_step_runs_waits_for_its_end() -> None:

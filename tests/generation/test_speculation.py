@@ -104,6 +104,30 @@ def test_drawn_tokens_stay_the_same_too() -> None:
     assert made[1:] == made[:-1]
 
 
+def test_a_draft_model_with_a_short_context_stops_where_it_ends() -> None:
+    draft = ReferenceModel(tiny_gpt2(n_positions=16))
+    (prompt,) = prompts(12)
+    engine = Engine(ReferenceModel(GPT2), pages=30)
+    drafter = DraftModel(draft, pages=20, token_budget=4, max_sequences=1)
+    request = engine.add_request(prompt, max_new_tokens=30, drafter=drafter, draft_tokens=1)
+    assert request.result() == greedy(GPT2, prompt, 30)
+    assert sum(map(sum, draft.steps)) <= 16
+
+
+def test_one_draft_model_serves_two_engines() -> None:
+    drafter = DraftModel(ReferenceModel(GPT2), pages=40)
+    engines = [Engine(ReferenceModel(GPT2), pages=30) for _ in range(2)]
+    given = prompts(12, 5)
+    requests = [
+        engine.add_request(prompt, max_new_tokens=12, drafter=drafter, draft_tokens=2)
+        for engine, prompt in zip(engines, given, strict=True)
+    ]
+    while engines[0].step() | engines[1].step():
+        pass
+    assert [each.result() for each in requests] == [greedy(GPT2, prompt, 12) for prompt in given]
+    assert all(engine.stats.accepted > 0 for engine in engines)
+
+
 @pytest.mark.parametrize(
     ("tokens", "ngram", "expected"),
     [

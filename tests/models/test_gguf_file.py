@@ -170,8 +170,13 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "array depth": (
         _file((_entry("a", 9, struct.pack("<IQ", 9, 1) * 5 + struct.pack("<IQ", 4, 0)),)), "arrays too deep",
     ),
-    "alignment": (_file((_entry("general.alignment", 4, struct.pack("<I", 24)),)), "no power of two.*it is 24"),
-    "alignment type": (_file((_entry("general.alignment", 8, _text("32")),)), "no power of two.*it is '32'"),
+    "alignment": (_file((_entry("general.alignment", 4, struct.pack("<I", 24)),)), "it is 24; a power of two"),
+    "alignment 0": (_file((_entry("general.alignment", 4, bytes(4)),)), "it is 0; a power of two"),
+    "alignment 2": (_file((_entry("general.alignment", 4, struct.pack("<I", 2)),)), "a power of two from 8 on"),
+    "alignment huge": (
+        _file((_entry("general.alignment", 10, struct.pack("<Q", 2**63)),), (_tensor("t", (8,)),)), "ends early",
+    ),
+    "alignment type": (_file((_entry("general.alignment", 8, _text("32")),)), "it is '32'; a power of two"),
     "axes": (_file(tensors=(_tensor("t", (1,) * 5),)), r"tensor 't'.*5 axes; 1 to 4"),
     "no axes": (_file(tensors=(_tensor("t", ()),)), "0 axes"),
     "no elements": (_file(tensors=(_tensor("t", (32, 0)),)), "an axis has no elements"),
@@ -199,6 +204,12 @@ def test_what_is_wrong_is_said_with_its_place(case: str, tmp_path: Path) -> None
         open_gguf(path)
     assert "broken.gguf" in str(raised.value.where)
     assert raised.value.hint
+
+
+def test_a_file_of_nothing_but_a_header(tmp_path: Path) -> None:
+    path = tmp_path / "header.gguf"
+    path.write_bytes(_file(data=0)[:24])
+    assert not open_gguf(path).tensors
 
 
 def test_no_file(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ class AmongCandidates:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """As of a processor of transformers, for one sequence."""
         scores = self._top_k(input_ids, scores)
-        candidates = (scores[0] > -math.inf).nonzero().squeeze(1)
+        candidates = (scores[0] != -math.inf).nonzero().squeeze(1)  # NaN too: drawing says so
+        if len(candidates) == 0:
+            return scores
         left = scores[:, candidates]
         for processor in self._behind:
             left = processor(input_ids, left)

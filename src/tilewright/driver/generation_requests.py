@@ -42,7 +42,7 @@ def run(engine: Engine, requests: Sequence[Request], streamer: BaseStreamer | No
     sent = 0
     try:
         while not all(request.finished for request in requests):
-            engine.step()
+            engine.progress()
             if streamer is not None:
                 sent = _stream(requests, streamer, pad, sent)
         if streamer is not None:
