@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", _HEADS),
     "gemma2": ("Gemma2", {**_HEADS, **_SCALED}),
     "gemma3": ("Gemma3Text", {**_HEADS, **_SCALED, **_LOCAL}),
+    "bloom": ("Bloom", {**_IDS, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "phi3": ("Phi3", _GROUPED),
     "mixtral": ("Mixtral", {**_GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**_HEADS, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}),
@@ -48,6 +49,10 @@ SOURCE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "marian": ("Marian", {**_BART, "activation_function": "swish"}),
     "pegasus": ("Pegasus", {**_BART, "encoder_layers": 1}),
     "blenderbot": ("Blenderbot", _BART),
+    "t5": (
+        "T5",
+        {**_IDS, "decoder_start_token_id": 0, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+    ),
 }
 
 

@@ -1,10 +1,10 @@
-"""A causal model in steps gives what a forward pass over whole sequences gives, however tokens are shared out."""
+"""Corners of steps of generation; what every family does in every kind of step is in ``test_decoder_table``."""
 
 from typing import Any
 
 import pytest
 import torch
-from tests.decoders.models import FAMILIES, VOCAB, build
+from tests.decoders.models import VOCAB, build
 from tests.references import ErrorRule, in_double
 from torch import Tensor
 
@@ -15,11 +15,6 @@ from tilewright.ir.steps import StepBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 8
-# Pages of three sequences, in no order, as an allocator that has been at work for a while gives them.
-TABLE = torch.tensor([[3, 7, 1, 0, 0], [2, 13, 0, 0, 0], [11, 12, 5, 9, 0]], dtype=torch.int32)
-LENGTHS = (21, 9, 30)
-# Tokens of each sequence in each step: prefill alone, mixed with decoding, in chunks across pages, decoding alone.
-STEPS = ((5, 0, 11), (1, 3, 1), (8, 1, 17), (6, 4, 1), (1, 1, 0))
 
 
 def steps_of(model: torch.nn.Module, **options: Any) -> StepModel:
@@ -36,35 +31,6 @@ def step_batch(tokens: list[Tensor], starts: list[int], table: Tensor, wanted: T
     ends = (torch.tensor(starts) + counts).int()
     rows, cu_rows = wanted.nonzero().reshape(-1).int(), before[offsets.long()].int()
     return StepBatch(torch.cat(tokens), slots, offsets, ends, table, rows, cu_rows)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_steps_equal_one_forward_pass(family: str) -> None:
-    model = build(family, seed=0)
-    compiled = steps_of(model)
-    assert not compiled.compiled.spec.notes["eager"]
-    generator = torch.Generator().manual_seed(1)
-    sequences = [torch.randint(3, VOCAB, (length,), generator=generator) for length in LENGTHS]
-    with torch.no_grad():
-        eager = [model(each[None]).logits[0] for each in sequences]
-        wide = [in_double(model)(each[None]).logits[0] for each in sequences]
-    pool = compiled.make_pages(20)
-    for tensor in pool.tensors:
-        tensor.fill_(float("nan"))  # what nobody has written must not be read
-    done, rule = [0, 0, 0], ErrorRule()
-    for counts in STEPS:
-        active = [i for i in range(3) if counts[i]]
-        spans = {i: slice(done[i], done[i] + counts[i]) for i in active}
-        tokens = [sequences[i][spans[i]] for i in active]
-        wanted = torch.rand(sum(counts), generator=generator) < 0.7
-        batch = step_batch(tokens, [done[i] for i in active], TABLE[active].contiguous(), wanted)
-        batch.check(page_size=PAGE, pages=20, vocab_size=compiled.vocab_size, max_length=compiled.max_length)
-        found = compiled.step(pool, batch)
-        for name in (eager, wide):
-            assert found.shape == torch.cat([name[i][spans[i]] for i in active])[wanted].shape
-        rule.add(found, *(torch.cat([each[i][spans[i]] for i in active])[wanted] for each in (eager, wide)))
-        done = [n + count for n, count in zip(done, counts, strict=True)]
-    rule.check(family)
 
 
 def test_keys_shared_out_among_programs() -> None:

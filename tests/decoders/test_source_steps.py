@@ -1,13 +1,13 @@
-"""An encoder-decoder in steps gives what a forward pass over both texts gives, however tokens are shared out."""
+"""Corners of an encoder-decoder in steps; what every family does in every kind of step is in ``test_decoder_table``."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from tests.decoders.models import SOURCE_FAMILIES, VOCAB, build
+from tests.decoders.models import VOCAB, build
 from tests.decoders.test_decoder_steps import step_batch
-from tests.references import ErrorRule, in_double
+from tests.references import in_double
 from torch import Tensor
 from transformers import BartForConditionalGeneration
 
@@ -15,17 +15,10 @@ from tilewright.driver.options import CompileOptions
 from tilewright.driver.source_steps import SourceStepModel, compile_source_steps
 from tilewright.driver.steps import Pages
 from tilewright.errors import CacheRefused
-from tilewright.ir.steps import SourceBatch, SourceModel, StepBatch
+from tilewright.ir.steps import SourceBatch, StepBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = 8
-TABLE = torch.tensor([[3, 7, 1, 0], [2, 13, 0, 0], [11, 12, 5, 9]], dtype=torch.int32)
-# The third sequence is written behind the source of the first, as a beam or a second return sequence is.
-SOURCES = torch.tensor([[14, 4, 18], [6, 0, 0]], dtype=torch.int32)
-OF = torch.tensor([0, 1, 0])
-SOURCE_LENGTHS = (19, 8)
-LENGTHS = (21, 9, 30)
-STEPS = ((5, 0, 11), (1, 3, 1), (8, 1, 17), (6, 4, 1), (1, 1, 0))
 
 
 def steps_of(model: torch.nn.Module, **options: Any) -> SourceStepModel:
@@ -46,44 +39,6 @@ def behind(batch: StepBatch, table: Tensor, lengths: tuple[int, ...], of: Tensor
 
 def random_ids(generator: torch.Generator, *lengths: int) -> list[Tensor]:
     return [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
-
-
-@pytest.mark.parametrize("family", SOURCE_FAMILIES)
-def test_steps_equal_one_forward_pass(family: str) -> None:
-    model = build(family, seed=0)
-    compiled = steps_of(model)
-    assert isinstance(compiled, SourceModel)
-    assert not compiled.compiled.spec.notes["eager"]
-    assert not compiled.reader.spec.notes["eager"]
-    generator = torch.Generator().manual_seed(1)
-    sequences, sources = random_ids(generator, *LENGTHS), random_ids(generator, *SOURCE_LENGTHS)
-    with torch.no_grad():
-        eager, wide = (
-            [
-                each(input_ids=sources[of][None], decoder_input_ids=ids[None]).logits[0]
-                for of, ids in zip(OF.tolist(), sequences, strict=True)
-            ]
-            for each in (model, in_double(model))
-        )
-    pool = compiled.make_pages(20)
-    for tensor in pool.tensors:
-        tensor.fill_(float("nan"))  # what nobody has written must not be read
-    read(compiled, pool, sources[:1], SOURCES[:1])
-    done, rule = [0, 0, 0], ErrorRule()
-    for step, counts in enumerate(STEPS):
-        if step == 1:  # the first step leaves the second sequence out
-            read(compiled, pool, sources[1:], SOURCES[1:, :1])
-        active = [i for i in range(3) if counts[i]]
-        spans = {i: slice(done[i], done[i] + counts[i]) for i in active}
-        tokens = [sequences[i][spans[i]] for i in active]
-        wanted = torch.rand(sum(counts), generator=generator) < 0.7
-        batch = step_batch(tokens, [done[i] for i in active], TABLE[active].contiguous(), wanted)
-        batch = behind(batch, SOURCES, SOURCE_LENGTHS, OF[active])
-        batch.check(page_size=PAGE, pages=20, vocab_size=compiled.vocab_size, max_length=compiled.max_length)
-        found = compiled.step(pool, batch)
-        rule.add(found, *(torch.cat([each[i][spans[i]] for i in active])[wanted] for each in (eager, wide)))
-        done = [n + count for n, count in zip(done, counts, strict=True)]
-    rule.check(family)
 
 
 def test_one_pool_serves_tokens_and_sources() -> None:
