@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tilewright.errors import InputError
+from tilewright.errors import InputError, TilewrightError
 from tilewright.models.gguf_model import GgufModel, load_gguf
 from tilewright.models.gguf_tokenizer import load_tokenizer
 
@@ -56,9 +56,10 @@ def load_model(name: str) -> Loaded:
             raise InputError(f"there is no {path}", hint=_HINT)
         return _from_pretrained(name, path if path.is_dir() else None)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
+        if isinstance(error, TilewrightError):
             raise
-        raise InputError(f"cannot open the model '{name}'", why=str(error).splitlines()[0], hint=_HINT) from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"cannot open the model '{name}'", why=why, hint=_HINT) from error
 
 
 _MODEL_FILES = (".gguf", ".json", ".safetensors")
@@ -69,8 +70,9 @@ def _model_class(config: Any) -> Any:
     import transformers
 
     for architecture in config.architectures or ():
-        if hasattr(transformers, architecture):
-            return getattr(transformers, architecture)
+        found = getattr(transformers, str(architecture), None)  # a name of a file, so it may be anything's
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
     return transformers.AutoModel
 
 

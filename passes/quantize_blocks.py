@@ -67,8 +67,9 @@ class QuantizeBlocks(Pass):
             return f"its weight [{n}, {k}] is small: rounding the rows would cost more than it saves"
         if fact(node, TensorType).dtype == torch.float64:
             return "it is computed in fp64, and whole numbers are scaled in fp32"
-        if not bool(torch.isfinite(get_tensor(gm, weight)).all()):
-            return "its weight holds infinities or NaN, which whole numbers cannot stand for"
+        # Scales and least elements are stored in fp16.
+        if not bool(torch.isfinite(get_tensor(gm, weight).half()).all()):
+            return "its weight holds infinities or NaN, or numbers beyond fp16, which whole numbers cannot stand for"
         return None
 
     def _stored(self, rw: Rewriter, weight: Node) -> Node:

@@ -152,8 +152,9 @@ class Scheduler:
     def _admit(self, parts: list[Part]) -> None:
         """Starts waiting requests in the order of arrival, as far as sequences, budget and pages allow.
 
-        One starts only if its whole prompt and its source fit beside a page for each running request: else it would
-        soon be the youngest that gives way. A source is read as a whole, so the last one may exceed the budget.
+        One starts only if its whole prompt and its source fit beside a page for each running request that will need
+        another: else it would soon be the youngest that gives way. A source is read as a whole, so the last one may
+        exceed the budget.
         """
         budget = self.token_budget - sum(part.count + len(part.drafts) for part in parts)
         for request in tuple(self.waiting):
@@ -165,7 +166,7 @@ class Scheduler:
             unread = request.source if request.source is not None and not request.source.adopt() else None
             needed = self.allocator.pages_for(request.length) - len(request.table.pages)
             needed += unread.count if unread is not None else 0
-            if needed + len(self.running) > self.allocator.available:
+            if needed + sum(map(self._grows, self.running)) > self.allocator.available:
                 self._lose_pages(request)
                 return
             request.table.reserve(request.computed, request.length)
@@ -176,6 +177,10 @@ class Scheduler:
             self.waiting.remove(request)
             parts.append(Part(request, min(request.pending, budget)))
             budget -= parts[-1].count + (len(unread.tokens) if unread is not None else 0)
+
+    def _grows(self, request: Request) -> bool:
+        """Whether a request may need more pages than it holds. The key of its last token is never needed."""
+        return self.allocator.pages_for(request.limit - 1) > len(request.table.pages)
 
     def _run(self, request: Request) -> None:
         request.status = Status.RUNNING

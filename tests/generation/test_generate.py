@@ -158,6 +158,14 @@ def test_a_pool_of_its_own_size_grows_with_the_calls() -> None:
     assert generator.engine.pages == 16
 
 
+def test_a_pool_of_its_own_size_holds_all_rows_at_once() -> None:
+    """All begin in the same step, so drawn tokens are those of transformers."""
+    ids, mask = _ids(3, 5), torch.ones(3, 5, dtype=torch.int64)
+    mask[:2, :3] = 0
+    expected, found = _both(GPT2, ids, attention_mask=mask, max_new_tokens=2, do_sample=True, temperature=4.0)
+    assert torch.equal(found, expected)
+
+
 def test_defaults_come_from_the_generation_config() -> None:
     config = GenerationConfig(max_new_tokens=4, num_beams=2, eos_token_id=None)
     generator = TextGenerator(ReferenceModel(GPT2), GPT2.config, config)

@@ -154,6 +154,7 @@ def test_submitted_requests_run_together() -> None:
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"past_key_values": object()},
         {"inputs_embeds": torch.zeros(1, 4, 32)},
+        {"position_ids": torch.arange(4)[None] + 3},
         {"custom_generate": "someone/something"},
         {"assistant_early_exit": 1},
         {"negative_prompt_ids": IDS},
@@ -175,6 +176,12 @@ def test_sampling_out_of_range(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         generator.generate(IDS, do_sample=True, max_new_tokens=3, **options)
     assert not generator.engine.busy
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences", "prompt_lookup_num_tokens"])
+def test_counts_out_of_range(name: str) -> None:
+    with pytest.raises(OptionError, match=f"{name} is a count"):
+        _generator().generate(IDS, max_new_tokens=3, **{name: 0})
 
 
 @pytest.mark.parametrize(

@@ -160,15 +160,19 @@ def test_rows_are_rounded_once_within_half_a_step(size: float) -> None:
 def test_what_stays_in_floating_point_says_why() -> None:
     g = GraphBuilder()
     x, y = g.input("x", TOKENS, 64), g.input("y", TOKENS, 96)
-    outputs = g.linear(x, "small", 8), g.linear(y, "odd", 40), g.linear(x, "infinite", 40)
+    outputs = (
+        *(g.linear(x, name, n) for name, n in (("small", 8), ("infinite", 40), ("large", 40))),
+        g.linear(y, "odd", 40),
+    )
     g.root.infinite_weight[3, 3] = math.inf
+    g.root.large_weight[3, 3] = 7e4
     gm, record = run_pass(QuantizeBlocks(), with_layouts(g.done(*outputs)))
     assert record.counts == {}
-    assert count(gm, aten.linear.default) == 3
+    assert count(gm, aten.linear.default) == 4
     reasons = " ".join(record.reasons.values())
     assert "is small" in reasons
     assert "do not divide into blocks of 64" in reasons
-    assert "infinities or NaN" in reasons
+    assert reasons.count("infinities or NaN, or numbers beyond fp16") == 2
 
 
 def test_a_model_in_int4_is_near_the_exact_one() -> None:

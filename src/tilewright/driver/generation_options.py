@@ -29,6 +29,7 @@ _REFUSED = {
     "token_healing": "it generates inside of generate",
     "past_key_values": "keys and values lie in the engine's pages, which find known prompts by themselves",
     "inputs_embeds": "pages are found by token ids",
+    "position_ids": "tokens stand at their own places, whatever stands masked between them",
     "decoder_inputs_embeds": "pages are found by token ids",
     "encoder_outputs": "what is made of a source lies in the engine's pages, which find known sources by themselves",
     "custom_generate": "it brings a decoding loop of its own",
@@ -36,12 +37,13 @@ _REFUSED = {
     "negative_prompt_attention_mask": "it runs the model a second time beside each step",
     "assistant_tokenizer": "draft and model have to share their vocabulary",
 }
+_COUNTS = ("num_beams", "num_return_sequences", "prompt_lookup_num_tokens")
 _PROBABILITIES = ("top_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _HARMLESS: dict[str, tuple[Any, ...]] = {"cache_implementation": ("dynamic",), "guidance_scale": (1, 1.0)}
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Refuses what cannot be honoured, and what transformers would ignore: probabilities that are none.
+    """Refuses what cannot be honoured, and numbers out of range that transformers would ignore or stumble over.
 
     Raises:
         OptionError: such an option is set.
@@ -50,6 +52,10 @@ def check_options(options: Mapping[str, Any]) -> None:
         value = options.get(name)
         if value is not None and not 0 <= value <= 1:
             raise OptionError(f"{name} is a probability", why=f"it is {value}", hint="give a number from 0 to 1")
+    for name in _COUNTS:
+        value = options.get(name)
+        if value is not None and value < 1:
+            raise OptionError(f"{name} is a count", why=f"it is {value}", hint="give a number from 1 on")
     for name, why in _REFUSED.items():
         value = options.get(name)
         if value is None or value is False or (not isinstance(value, Tensor) and value in _HARMLESS.get(name, ())):
