@@ -72,10 +72,10 @@ def test_a_source_known_before_is_not_read_again() -> None:
     # The same prompt behind another source has other keys.
     assert engine.add_request(start, source=SOURCES[2], max_new_tokens=6).result() == greedy(SOURCES[2], 6, start)
     assert (engine.stats.sources, engine.stats.reused) == (2, 4)
-    # A source that begins like a known one is another source: an encoder sees all of it.
-    longer = [*SOURCES[2], 1]
-    assert engine.add_request([2], source=longer, max_new_tokens=6).result() == greedy(longer, 6)
-    assert engine.stats.sources == 3
+    # A source that begins like a known one is another source, all through: an encoder sees all of it.
+    for other in ([*SOURCES[2], 1], [*SOURCES[1][:-1], 63 - SOURCES[1][-1]]):
+        assert engine.add_request([2], source=other, max_new_tokens=6).result() == greedy(other, 6)
+    assert engine.stats.sources == 4
 
 
 def test_several_sequences_share_their_source() -> None:
