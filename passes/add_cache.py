@@ -20,6 +20,7 @@ from tilewright.ir.facts import Origin, SizeValue, TensorType, copy_origin, fact
 from tilewright.ir.graph import InputSpec, Level, OutputSpec, info, update_info
 from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.sizes import BATCH, PAGES, SOURCE_TABLE, TABLE, TOKENS, WANTED, Size
+from tilewright.ops import Flow, traits_of
 from tilewright.passes.at_slots import AtSlots
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.layout_axes import positional
@@ -170,6 +171,7 @@ class _StepWriter:
     def _remove_old_inputs(self) -> None:
         for node in self.old:
             if node.users:
+                self._refuse_mixing()
                 user = next(iter(node.users))
                 raise CacheRefused(
                     "the model cannot go on from a cache",
@@ -178,6 +180,22 @@ class _StepWriter:
                     hint="only per-token inputs, read token by token, and causal attention are known here",
                 )
             self.graph.erase_node(node)
+
+    def _refuse_mixing(self) -> None:
+        """Raises where tokens meet in something else than attention: there they have been padded again."""
+        pending = list(self.graph.find_nodes(op="call_function", target=tw.scatter_rows.default))
+        for node in pending:  # grows while it is read
+            moves = node.target is tw.scatter_rows.default or traits_of(node.target).flow in (Flow.VIEW, Flow.POINTWISE)
+            if moves:
+                pending += [user for user in node.users if user not in pending and user.op == "call_function"]
+            elif node.target is not tw.gather_rows.default:
+                raise CacheRefused(
+                    "the model cannot go on from a cache",
+                    where=where(node),
+                    why=f"tokens meet in '{node.name}' ({node.target}), and what it would have to keep of earlier ones "
+                    "is no keys and values",
+                    hint="forward passes over whole sequences work; generate with transformers",
+                )
 
     # What was read off the padded batch
 
@@ -200,8 +218,25 @@ class _StepWriter:
             wanted = fact(node, TensorType)
             args = (self.told["slots"], wanted.dtype)
             rows = self._call(node, torch.ops.prims.convert_element_type.default, args, wanted, _PACKED)
+        else:
+            rows = self._left_out(node, source.target)
         if rows is not None:
             node.replace_all_uses_with(rows)
+
+    def _left_out(self, node: Node, name: Any) -> Node | None:
+        """What an input holds that callers leave out, or that marks real tokens, which all tokens of a step are."""
+        spec = next(each for each in info(self.gm).inputs if each.name == name)
+        value = 1 if spec.validity else {"zeros": 0, "ones": 1}.get(spec.default or "")
+        type_ = fact(node, TensorType)
+        if value is None or type_.shape != (TOKENS,):
+            return None
+        with self.graph.inserting_before(node):
+            count = self.graph.call_function(aten.sym_size.int, (self.ids, 0))
+        set_fact(count, SizeValue(TOKENS))
+        copy_origin(node, count, AddCache.name)
+        made = self._call(node, aten.full.default, ([count], value), type_, _PACKED)
+        made.kwargs = {"dtype": type_.dtype, "device": torch.device("cpu"), "pin_memory": False}
+        return made
 
     def _size(self, node: Node) -> None:
         if fact(node, SizeValue).value == TOKENS:

@@ -317,7 +317,7 @@ def _is_place(index: Any, wanted: sympy.Symbol, size: Any) -> bool:
 
 
 def _constant_pattern(elements: Elements, node: Node, index: tuple[Any, ...]) -> Element:
-    """A constant table of ones and zeros, or of 0 and -inf, over (q, k): the triangle, if it is one.
+    """A constant table of ones and zeros, or of 0 and -inf, over (q, k): the triangle, if it is one, or a band of it.
 
     Raises:
         NotProved: it is another table.
@@ -328,10 +328,16 @@ def _constant_pattern(elements: Elements, node: Node, index: tuple[Any, ...]) ->
     if not square or index[-2:] != (Q, K) or any(i != zero for i in index[:-2]):
         raise NotProved(f"it reads the table '{node.target}'")
     table = tensor.reshape(tensor.shape[-2:])
-    lower = torch.ones_like(table, dtype=torch.bool).tril()
-    causal = Apply("le", (Integer(K - Q), Integer(zero)))
-    if torch.equal(table.bool(), lower) and bool((table[lower] == 1).all()):
-        return Apply("number", (causal,))
-    if torch.equal(table == 0, lower) and bool((table[~lower] <= LOWEST).all()):
-        return Apply("where", (causal, Number(0.0), Number(float("-inf"))))
-    raise NotProved(f"the table '{node.target}' is no triangle")
+    for of_ones in (True, False):
+        kept = table.bool() if of_ones else table == 0
+        left = int(kept[-1].sum()) - 1  # the last query sees as far back as any
+        if not torch.equal(kept, torch.ones_like(kept).tril().triu(-left)):
+            continue
+        condition = Apply("le", (Integer(K - Q), Integer(zero)))
+        if left < len(table) - 1:
+            condition = Apply("and", (condition, Apply("le", (Integer(Q - K), Integer(sympy.Integer(left))))))
+        if of_ones and bool((table[kept] == 1).all()):
+            return Apply("number", (condition,))
+        if not of_ones and bool((table[~kept] <= LOWEST).all()):
+            return Apply("where", (condition, Number(0.0), Number(float("-inf"))))
+    raise NotProved(f"the table '{node.target}' is no triangle and no band of one")

@@ -80,17 +80,27 @@ def _binary(rw: Rewriter, node: Node) -> Node | None:
 
 def _number(rw: Rewriter, node: Node, arg: Any) -> Any:
     """A constant of no axes becomes a number; only where another operand keeps the node's dtype and shape."""
-    if not (isinstance(arg, Node) and arg.op == "get_attr" and rank_of(arg) == 0):
-        return arg
-    tensor = get_tensor(rw.gm, arg)
     others = [a for a in node.args if isinstance(a, Node) and a is not arg and rank_of(a) > 0]
     same = others and dtype_of(others[0]) == dtype_of(node) and arg is not operand(node)
-    return tensor.item() if same and not isinstance(tensor, torch.nn.Parameter) else arg
+    return _value(rw, arg) if same else arg
+
+
+def _value(rw: Rewriter, arg: Any) -> Any:
+    """The number that a constant of no axes holds; anything else as it is."""
+    if not isinstance(arg, Node) or rank_of(arg) != 0:
+        return arg
+    if is_call(arg, aten.full.default):
+        return operand(arg, 1)
+    if arg.op != "get_attr" or isinstance(tensor := get_tensor(rw.gm, arg), torch.nn.Parameter):
+        return arg
+    return tensor.item()
 
 
 def _neutral(node: Node) -> Node | None:
     """x + 0, x - 0, x * 1 and x / 1 of the same dtype are x."""
     first, second = operand(node), operand(node, 1)
+    if is_call(second, aten.full.default):
+        second = operand(second, 1)
     if not isinstance(first, Node) or isinstance(second, Node | bool):
         return None
     unit = 0 if node.target in (aten.add.Tensor, aten.sub.Tensor) else 1
@@ -112,11 +122,18 @@ def _square(rw: Rewriter, node: Node) -> Node | None:
     return rw.call(node, aten.pow.Tensor_Scalar, operand(node), 2, type=fact(node, TensorType))
 
 
-@_rule(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
+@_rule(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar, aten.where.self)
 def _where(rw: Rewriter, node: Node) -> Node | None:
     """A number beside a tensor of the node's dtype is a masked fill; other numbers become tensors of no axes."""
     condition, first, second = node.args
     type_ = fact(node, TensorType)
+    if is_call(node, aten.where.self):
+        numbers = [_value(rw, arg) for arg in (first, second)]
+        if sum(isinstance(number, Node) for number in numbers) != 1:
+            return None
+        first, second = numbers
+        if dtype_of(first if isinstance(first, Node) else second) != type_.dtype:
+            return None
     if isinstance(second, Node) and dtype_of(second) == type_.dtype:
         return rw.call(node, aten.masked_fill.Scalar, second, condition, first, type=type_)
     if isinstance(first, Node) and dtype_of(first) == type_.dtype:

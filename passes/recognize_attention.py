@@ -162,6 +162,8 @@ def _find_scores(rw: Rewriter, at: Node, node: Any, heads: int | None) -> tuple[
             # What is blocked stays blocked under any factor, so the factor need not be applied to it.
             scores.biases.append(_blocked(rw, at, operand(node, 1), dtype_of(node), operand(node, 2)))
             node = operand(node)
+        elif is_call(node, aten.clamp.default) and _only_blocks(node):
+            node = operand(node)
         elif is_call(node, aten.add.Tensor) and len(node.args) == 2:
             inner = next((a for a in node.args if _is_scores(a)), None)
             bias = next((a for a in node.args if a is not inner), None)
@@ -192,6 +194,12 @@ def _find_scores(rw: Rewriter, at: Node, node: Any, heads: int | None) -> tuple[
     return scores, query, key
 
 
+def _only_blocks(clamp: Node) -> bool:
+    """Whether a clamp changes scores only where they stand for no attention, before it and after it."""
+    least, most = argument(clamp, 1, "min"), argument(clamp, 2, "max")
+    return most is None and isinstance(least, int | float) and least <= LOWEST
+
+
 def addends(bias: Node) -> list[Node]:
     """The terms of a sum of tensors."""
     if is_call(bias, aten.add.Tensor) and all(isinstance(a, Node) for a in bias.args):
@@ -206,7 +214,9 @@ def _is_scores(node: Any) -> bool:
             return True
         if is_call(node, aten.add.Tensor):
             return any(_is_scores(a) for a in node.args)
-        passes = (CONVERT, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.masked_fill.Scalar)
+        passes = (
+            CONVERT, aten.mul.Tensor, aten.div.Tensor, aten.tanh.default, aten.masked_fill.Scalar, aten.clamp.default,
+        )  # fmt: skip
         merges = is_call(node, aten.reshape.default) and _heads(operand(node), node) is not None
         if not merges and not is_call(node, *passes):
             return False
@@ -235,11 +245,12 @@ def _take_factor(rw: Rewriter, at: Node, node: Node) -> tuple[Node, float]:
 def _emit(rw: Rewriter, node: Node, operands: tuple[Node, Node, Node], scores: _Scores, causal: bool) -> Node:
     """Replaces ``node``, which yields [B, H, S, Dv] or [B, S, Dv], by the op."""
     query, key, value = operands
-    if rank_of(query) not in (3, 4) or len({rank_of(o) for o in operands}) != 1:
+    ranks, heads = {rank_of(o) for o in operands}, scores.heads
+    if not ranks <= {3, 4} or (len(ranks) > 1 and heads is None):
         raise _NotAttention(f"its operands have {[rank_of(o) for o in operands]} axes, 3 or 4 are known")
-    single, heads = rank_of(query) == 3, scores.heads
-    if single and heads is not None:
-        query, key, value = (_split(rw, node, o, heads) for o in operands)
+    single = rank_of(node) == 3
+    if 3 in ranks and heads is not None:
+        query, key, value = (_split(rw, node, o, heads) if rank_of(o) == 3 else o for o in operands)
         split = [_split(rw, node, b, heads) if rank_of(b) == 3 else b for b in scores.biases]
         scores.biases = [term for bias in split for term in addends(bias)]
     elif single:

@@ -22,7 +22,9 @@ _SAME_VALUES = (
 
 @dataclass(frozen=True)
 class RecognizeLookups(Pass):
-    """Turns ``table[ids]``, and a ``gather`` of whole rows of a table, into an embedding where ``ids`` is an input.
+    """Turns ``table[ids]``, ``index_select`` and a ``gather`` of whole rows into an embedding where ids are an input.
+
+    A number may have been added to them.
 
     What an input names is checked at each call, so that no kernel reads beyond the table. Indices that are computed
     stay as they are, for nothing is known of them.
@@ -41,6 +43,8 @@ class RecognizeLookups(Pass):
                 found += _indexed(rw, node)
             elif is_call(node, aten.gather.default):
                 found += _gathered(rw, node)
+            elif is_call(node, aten.index_select.default):
+                found += _selected(rw, node)
         dead = erase_dead(gm)
         gm.recompile()
         return PassResult(gm, bool(found or dead), {"lookups": found} if found else {})
@@ -52,14 +56,25 @@ def _indexed(rw: Rewriter, node: Node) -> bool:
     if table.op != "get_attr" or rank_of(table) != 2 or len(indices) != 1:
         return False
     ids, rows = indices[0], int(shape_of(table)[0])
-    spec = _input(rw, ids)
-    if spec is None:
+    named = _input(rw, ids)
+    if named is None:
         return False
-    if spec.vocab is None or spec.lowest < 0:
+    spec, offset = named
+    if spec.vocab is None or spec.lowest + offset < 0:
         last = rw.call(node, aten.add.Tensor, ids, rows)
         ids = rw.call(node, aten.where.self, rw.call(node, aten.lt.Scalar, ids, 0), last, ids)
-    lowest = -rows if spec.vocab is None else max(spec.lowest, -rows)
-    _look_up(rw, node, table, ids, replace(spec, lowest=lowest))
+    _look_up(rw, node, table, ids, _limited(spec, -rows - offset, rows - offset))
+    return True
+
+
+def _selected(rw: Rewriter, node: Node) -> bool:
+    """``index_select`` of rows."""
+    table, axis, ids = operand(node), int(operand(node, 1)), operand(node, 2)
+    named = _input(rw, ids)
+    if table.op != "get_attr" or rank_of(table) != 2 or axis % 2 != 0 or named is None:
+        return False
+    spec, offset = named
+    _look_up(rw, node, table, ids, _limited(spec, -offset, int(shape_of(table)[0]) - offset))
     return True
 
 
@@ -75,29 +90,40 @@ def _gathered(rw: Rewriter, node: Node) -> bool:
     same_row = rank_of(ids) == rank and shape_of(ids)[-1] == 1 and shape_of(index) == (*shape_of(ids)[:-1], width)
     if any(size != 1 for size in leading) or shape_of(table)[-2:] != (rows, width) or not same_row:
         return False
-    spec = _input(rw, ids)
-    if spec is None:
+    named = _input(rw, ids)
+    if named is None:
         return False
+    spec, offset = named
     if leading:
         table = rw.constant(node, get_tensor(rw.gm, table).reshape(rows, width))
     ids = rw.call(node, aten.squeeze.dims, ids, [rank - 1])
-    _look_up(rw, node, table, ids, replace(spec, lowest=0))
+    _look_up(rw, node, table, ids, _limited(spec, -offset, int(rows) - offset))
     return True
 
 
-def _input(rw: Rewriter, ids: Node) -> InputSpec | None:
-    """The input that holds all these numbers, or None."""
-    if dtype_of(ids) not in _INTEGERS:
-        return None
-    while is_call(ids, *_SAME_VALUES) and dtype_of(operand(ids)) in _INTEGERS:
-        ids = operand(ids)
-    return next((spec for spec in info(rw.gm).inputs if ids.op == "placeholder" and spec.name == ids.target), None)
+def _input(rw: Rewriter, ids: Node) -> tuple[InputSpec, int] | None:
+    """The input that holds all these numbers, and what has been added to them; None for other numbers."""
+    offset = 0
+    while dtype_of(ids) in _INTEGERS:
+        if is_call(ids, *_SAME_VALUES):
+            ids = operand(ids)
+        elif is_call(ids, aten.add.Tensor) and isinstance(operand(ids, 1), int):
+            ids, offset = operand(ids), offset + operand(ids, 1)
+        else:
+            specs = (spec for spec in info(rw.gm).inputs if ids.op == "placeholder" and spec.name == ids.target)
+            return next(((spec, offset) for spec in specs), None)
+    return None
+
+
+def _limited(spec: InputSpec, lowest: int, vocab: int) -> InputSpec:
+    """With values from ``lowest`` on and below ``vocab``, and what it was limited to before."""
+    if spec.vocab is None:
+        return replace(spec, lowest=lowest, vocab=vocab)
+    return replace(spec, lowest=max(spec.lowest, lowest), vocab=min(spec.vocab, vocab))
 
 
 def _look_up(rw: Rewriter, node: Node, table: Node, ids: Node, spec: InputSpec) -> None:
     """Replaces ``node``; from now on the input is checked against this table too."""
-    rows = int(shape_of(table)[0])
-    spec = replace(spec, vocab=min(rows, spec.vocab or rows))
     specs = tuple(spec if each.name == spec.name else each for each in info(rw.gm).inputs)
     update_info(rw.gm, inputs=specs)
     rw.replace(node, rw.call(node, aten.embedding.default, table, ids, type=fact(node, TensorType)))

@@ -131,7 +131,8 @@ class _Slicer:
             rewrite = self._over_pages if node.target is tw.attention_paged.default else self._attention
             return self._call(node, node.target, rewrite(node, selection), {}, selection)
         rows = {arg: self._select(arg, selection) for arg in node.all_input_nodes if _is_packed(arg)}
-        count = next(iter(rows.values()))
+        # What is the same in every row has no packed operand: there are as many rows as are selected.
+        count = next(iter(rows.values()), selection.args[0])
 
         def replaced(arg: Node) -> Node:
             size = find_fact(arg, SizeValue)

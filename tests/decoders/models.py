@@ -22,6 +22,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", _PLAIN),
     "gptj": ("GPTJ", {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "rotary_dim": 4}),
     "falcon": ("Falcon", {**_PLAIN, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "bert": ("Bert", {**_PLAIN, "is_decoder": True}),
     "llama": ("Llama", _HEADS),
     "mistral": ("Mistral", {**_HEADS, "sliding_window": WINDOW}),
     "qwen2": ("Qwen2", _GROUPED),

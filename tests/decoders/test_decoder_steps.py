@@ -79,6 +79,15 @@ def test_copied_pages_go_on_alone() -> None:
         assert float((ours - reference).abs().max()) < 1e-4 * float(reference.abs().max())
 
 
+def test_memory_that_is_no_keys_is_refused() -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    layers = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    with pytest.raises(CacheRefused, match="tokens meet in 'conv1d'"):
+        steps_of(Lfm2ForCausalLM(Lfm2Config(vocab_size=VOCAB, **sizes, **layers)).eval())
+
+
 def test_an_encoder_is_refused() -> None:
     from transformers import BertConfig, BertLMHeadModel
 

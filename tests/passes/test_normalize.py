@@ -99,6 +99,10 @@ RECOGNIZED: dict[str, tuple[Callable[..., Any], str]] = {
     "bias after": (lambda m, x: nn.functional.linear(x, m.matrix.t()) + m.bias[:12], "aten.linear.default"),
     "column": (lambda _, x: x[torch.arange(x.shape[0]), _column(x)], "tilewright.select_column.default"),
     "attention": (lambda _, x: torch.softmax(x @ x.transpose(1, 2) / 4.0, -1) @ x, "tilewright.attention.default"),
+    "clamped attention": (
+        lambda _, x: torch.softmax(torch.max(x @ x.mT * 0.3, torch.full((), torch.finfo(x.dtype).min)), -1) @ x,
+        "tilewright.attention.default",
+    ),
     "capped attention": (
         lambda _, x: torch.softmax(torch.tanh(x @ x.mT * 0.02) * 5.0, -1) @ x, "tilewright.attention.default",
     ),
@@ -116,6 +120,7 @@ NOT_RECOGNIZED: dict[str, tuple[Callable[..., Any], str]] = {
         "aten.layer_norm.default",
     ),
     "softmax over queries": (lambda _, x: torch.softmax(x @ x.mT, 1) @ x, "tilewright.attention.default"),
+    "scores limited": (lambda _, x: torch.softmax((x @ x.mT).clamp(-1e5, 3.0), -1) @ x, "tilewright.attention.default"),
     "weights returned": (lambda _, x: (w := torch.softmax(x @ x.mT, -1), w @ x), "tilewright.attention.default"),
     "sequences in another order": (
         lambda _, x: x[torch.arange(x.shape[0]).flip(0), _column(x)], "tilewright.select_column.default",
@@ -146,9 +151,13 @@ REWRITTEN: dict[str, Callable[..., Any]] = {
     "constant places": lambda _, x: (x[..., [-2]], x[..., [3, 4, 5]], x.view(*x.shape[:2], 4, 4)[:, :, [0, 1]]),
     "limits": lambda _, x: (torch.max(x, torch.tensor(0.3)), torch.minimum(x, torch.tensor(-0.2))),
     "scalars": lambda _, x: torch.add(2 - x, x.square(), alpha=3) / 2 + 1 - torch.sub(x, x, alpha=2),
-    "neutral": lambda _, x: ((x + 0) * 1).to(torch.float32).expand_as(x),
+    "neutral": lambda _, x: (((x + 0) * 1) + torch.zeros_like(x)).to(torch.float32).expand_as(x),
     "fills": lambda _, x: (
         torch.where(x > 0, x, -1.0) + torch.ones_like(x) + x.new_zeros(x.shape) + torch.full_like(x, 2)
+    ),
+    "where one": lambda m, x: (
+        torch.where(x > 0, torch.tensor(2.0), x),
+        torch.where(m.bias < 0, x, torch.full((), 3.0)),
     ),
     "where both": lambda _, x: torch.where(x > 0, 1.0, -1.0) + torch.where(x > 0, 0.5, x),
     "reductions": lambda _, x: (x.sum(-1), x.mean((0, 2)), x.half().softmax(-1, dtype=torch.float32), x.cumsum(-1)),

@@ -16,10 +16,11 @@ LOWEST = torch.finfo(torch.float32).min
 
 
 class _State(NamedTuple):
-    """What a mask may be made from besides the padding mask: the states and two tables."""
+    """What a mask may be made from besides the padding mask: the states and three tables."""
 
     x: Tensor
     triangle: Tensor
+    band: Tensor
     table: Tensor
 
 
@@ -30,11 +31,12 @@ class _Masked(nn.Module):
         super().__init__()
         self.make, self.causal = make, causal
         self.register_buffer("triangle", torch.ones(64, 64).tril().view(1, 1, 64, 64))
+        self.register_buffer("band", torch.ones(64, 64).tril().triu(-3).bool().view(1, 1, 64, 64))
         self.register_buffer("table", torch.rand(64, 64) > 0.5)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         heads = x.view(*x.shape[:2], 2, 8).transpose(1, 2)
-        state = _State(x, self.triangle, self.table)
+        state = _State(x, self.triangle, self.band, self.table)
         out = sdpa(heads, heads, heads, self.make(mask, state), is_causal=self.causal)
         return out.transpose(1, 2).reshape(x.shape)
 
@@ -70,6 +72,13 @@ POSITIVE: dict[str, tuple[Callable[..., Any], bool, bool, int, int]] = {
     "triangle table": (
         lambda m, s: _valid(m) & (s.triangle[:, :, : m.shape[1], : m.shape[1]] != 0), True, True, -1, -1,
     ),
+    "band": (
+        lambda m, s: _valid(m) & s.band[:, :, : m.shape[1], : m.shape[1]], True, True, 3, -1,
+    ),
+    "band of numbers": (
+        lambda m, s: torch.where(s.band[:, :, : m.shape[1], : m.shape[1]], 0.0, LOWEST)
+        + torch.where(_valid(m), 0.0, LOWEST), True, True, 3, -1,
+    ),
     "tril": (lambda m, _: torch.ones(m.shape[1], m.shape[1], dtype=torch.bool).tril(), False, True, -1, -1),
     "window": (lambda m, _: _valid(m) & (_places(m)[1] > _places(m)[0] - 3), True, False, 2, -1),
     "two sided": (lambda m, _: _valid(m) & ((_places(m)[0] - _places(m)[1]).abs() <= 2), True, False, 2, 2),
@@ -86,6 +95,7 @@ NEGATIVE: dict[str, Callable[..., Any]] = {
     "shifted by a token": lambda m, _: (m.roll(1, 1)[:, None, None, :] != 0) | (_places(m)[0] == _places(m)[1]),
     "soft": lambda m, _: torch.where(_valid(m), 0.0, -2.0),
     "slope": lambda m, _: -0.5 * (_places(m)[0] - _places(m)[1]).abs().float() + torch.where(_valid(m), 0.0, 1.5),
+    "band from a later key": lambda m, s: s.band[:, :, : m.shape[1], 1 : m.shape[1] + 1] | (_places(m)[1] == 0),
     "random table": lambda m, s: s.table[: m.shape[1], : m.shape[1]] | (_places(m)[0] == _places(m)[1]),
     "strictly causal": lambda m, _: (_places(m)[1] < _places(m)[0]) | (_places(m)[1] == 0),
     "blocks": lambda m, _: _places(m)[0] // 2 == _places(m)[1] // 2,

@@ -55,6 +55,17 @@ def test_last_layer_computes_one_row_of_each_sequence() -> None:
     assert any("one query of each sequence" in why for why in record.reasons.values())
 
 
+def test_what_is_the_same_in_every_row_is_made_for_the_selected_ones() -> None:
+    g = packed_bert(layers=1)
+    first = next(node for node in g.graph.nodes if node.name == "first")
+    x, chosen = first.args
+    assert isinstance(x, Node)
+    same = g.call(aten.expand.default, g.weight("shift", 32), [g.size(x, 0), 32])
+    moved = g.call(tw.select_rows.default, g.call(aten.add.Tensor, x, same), chosen)
+    gm, _ = sliced(g, g.outputs[1], moved)
+    assert rows(gm, aten.expand.default)[-1] == BATCH
+
+
 def test_all_rows_where_an_output_shows_them() -> None:
     g = packed_bert(layers=2)
     gm, record = sliced(g, *g.outputs)

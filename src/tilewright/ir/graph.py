@@ -40,7 +40,7 @@ class InputSpec:
         default: what to pass when the caller leaves it out: "ones", "zeros", or None when it is required.
         validity: True for the [B, S] input whose nonzero entries mark real tokens.
         vocab: exclusive upper bound of its integer values, where the graph uses it to index a table.
-        lowest: their inclusive lower bound then; negative where they may count from the end of the table.
+        lowest: their inclusive lower bound then; not 0 where they count from elsewhere.
         state: True for memory of the caller that the graph reads and writes in place.
     """
 
