@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.columns import define_columns
+from tilewright.codegen.emit_split import define_range
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index
 from tilewright.codegen.nodes import arguments
@@ -33,7 +34,7 @@ def is_block_product(node: Node) -> bool:
 
 
 def multiply_blocks(
-    evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, rows: tuple[Index, ...], k: int
+    evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, rows: tuple[Index, ...], k: int, parts: int = 1
 ) -> None:
     """Writes ``acc``: the tile's rows times one panel.
 
@@ -41,9 +42,11 @@ def multiply_blocks(
         anchor: a ``block_linear`` or ``block_linear_int8``.
         rows: place of the tile's rows along the axes of x but the last.
         k: elements of a row.
+        parts: parts of K, of which a program computes the one called ``part``; one is all of K.
 
     Raises:
-        CodegenError: the rows are in fp64, the format has no panels, or the weight is computed.
+        CodegenError: K has no such parts of whole blocks, the rows are in fp64, the format has no panels, or the
+            weight is computed.
     """
     given, writer = arguments(anchor), evaluator.writer
     form = block_format(given["format"])
@@ -61,7 +64,10 @@ def multiply_blocks(
         raise CodegenError(
             "products in block formats are computed in fp32, and these rows are fp64", where=where(anchor)
         )
-    with writer.block(f"for block in range(0, {k // panel.block}):"):
+    begin, end = "0", str(k // panel.block)
+    if parts > 1:
+        begin, end = define_range(writer, k // panel.block, 1, parts, anchor)
+    with writer.block(f"for block in range({begin}, {end}):"):
         writer.statement(f"block_ptr = panel_ptr + block * ({panel.nbytes} * BLOCK_N)")
         with writer.block(f"for group in range(0, {panel.groups}):"):
             _multiply_group(rows_of, form, panel, rounded=anchor.target is BLOCK_LINEAR_INT8)

@@ -16,6 +16,8 @@ from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.columns import define_columns
 from tilewright.codegen.emit_blocks import PANEL, is_block_product, multiply_blocks
 from tilewright.codegen.emit_row import emit_rows
+from tilewright.codegen.emit_split import define_part, define_range, emit_totals, partial_sums, store_part
+from tilewright.codegen.emit_vendor import emit_vendor
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index, linear, reshape, same_count, unravel, without_ones
 from tilewright.codegen.kernel_text import finish
@@ -24,9 +26,9 @@ from tilewright.codegen.region_call import Inputs, RegionCall
 from tilewright.codegen.results import Result, depends_on, needed_nodes, peel, store
 from tilewright.codegen.writer import TL_TYPES, KernelWriter, Register, Var
 from tilewright.errors import CodegenError
-from tilewright.ir import views
 from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ir.program import KernelStep, VendorLinear, View
+from tilewright.ir.regions import GEMM_VARIANTS
 from tilewright.ir.sizes import Size, ceil_div, contiguous_strides, product
 from tilewright.ops import Flow, traits_of
 from tilewright.ops.block_linear import ROUNDED_BLOCK
@@ -80,7 +82,7 @@ def emit_gemm(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[
 
     Args:
         variant: "triton", "triton_one" (tiles of one row), "triton_few" (for row counts up to 8), "triton_many" (for
-            some hundreds) or "vendor".
+            some hundreds) or "vendor"; with ":n" behind it, K is cut into n parts.
 
     Raises:
         CodegenError: the region has no or several products, or its epilogue does not follow its tiles.
@@ -94,13 +96,18 @@ def emit_gemm(call: RegionCall, builder: ProgramBuilder, variant: str) -> tuple[
     if variant == "vendor" and anchor.target is HEAD_LINEAR:
         raise CodegenError("the vendor library has no product of heads", where=where(anchor))
     if variant == "vendor":
-        return _vendor(call, builder, inputs, results, anchor)
-    if variant not in _ROWS:
-        raise CodegenError(f"no GEMM variant '{variant}'", where=call.name, hint=f"{', '.join(_ROWS)} or vendor")
+        return emit_vendor(call, builder, inputs, results, anchor)
+    if variant not in GEMM_VARIANTS:
+        raise CodegenError(f"no GEMM variant '{variant}'", where=call.name, hint=f"{', '.join(GEMM_VARIANTS)}")
     ahead = [(node, view) for node, view in results if not depends_on(node, anchor)]
     behind = [(node, view) for node, view in results if depends_on(node, anchor)]
     steps = emit_rows(call.graph, inputs, ahead) if ahead else ()
-    return (*steps, _kernel(call, builder, inputs, behind, anchor, variant))
+    height, _, parts = variant.partition(":")
+    if not parts:
+        return (*steps, _kernel(call, builder, inputs, behind, anchor, height))
+    sums = partial_sums(builder, call.name, anchor, int(parts), _sum_dtype_of(anchor))
+    first = _kernel(call, builder, inputs, behind, anchor, height, sums)
+    return (*steps, first, *emit_totals(call.graph, inputs, behind, anchor, sums, _sum_dtype_of(anchor)))
 
 
 def _kernel(
@@ -110,7 +117,9 @@ def _kernel(
     results: Sequence[tuple[Node, View]],
     anchor: Node,
     variant: str,
+    sums: View | None = None,
 ) -> KernelStep:
+    """The kernel of the product and what follows, or, where ``sums`` is given, of its parts, which are stored there."""
     given = arguments(anchor)
     kind, source = fact(anchor, TensorType), fact(given["input"], TensorType)
     n, k = static_size(kind.shape[-1], anchor), static_size(source.shape[-1], anchor)
@@ -120,7 +129,7 @@ def _kernel(
     tile = Tile(_BLOCK_ROWS[variant], PANEL, ROUNDED_BLOCK) if blocks else tile_for(source.dtype, variant, k)
     writer = KernelWriter(2, register_columns=0, loop_columns=tile.k)
     writer.reserve("acc", "panel_ptr", "rows", "row_mask", "cols", "cols_mask", "ks", "k_rows", "k_rows_mask")
-    writer.reserve("k_groups", "neighbours", "grouped", "head")
+    writer.reserve("k_groups", "neighbours", "grouped", "head", "part", "first")
     evaluator = Evaluator(call.graph, writer, inputs)
     row, column = _define_tile(writer, rows, n, tile)
     of_weight = column
@@ -128,24 +137,35 @@ def _kernel(
     if heads is not None:
         row, of_weight, panel = _of_head(writer, heads, row, column, n, tile)
     place = unravel(row, source.shape[:-1])
+    parts = 1 if sums is None else static_size(sums.shape[0], anchor)
+    part = None if sums is None else define_part(writer, parts)
     if blocks:
-        multiply_blocks(evaluator, builder, anchor, place, k)
+        multiply_blocks(evaluator, builder, anchor, place, k, parts)
     else:
         weight = WeightTiles(evaluator, builder, anchor, of_weight, k, tile, panel)
-        multiply(evaluator, anchor, place, k, tile, weight)
-    acc_dtype = torch.float32 if blocks else sum_dtype(source.dtype)
-    evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, acc_dtype)
-    for node, view in results:
-        store_tile(evaluator, peel(node, view, inputs), anchor, row, column)
+        multiply(evaluator, anchor, place, k, tile, weight, parts=parts)
+    acc_dtype = _sum_dtype_of(anchor)
+    if sums is not None and part is not None:
+        store_part(writer, sums, acc_dtype, part, row, column)
+    else:
+        evaluator.bindings[anchor] = Product(evaluator, anchor, row, column, acc_dtype)
+        for node, view in results:
+            store_tile(evaluator, peel(node, view, inputs), anchor, row, column)
+    written = [view for _, view in results] if sums is None else [sums]
     return finish(
         writer,
         family="gemm",
         summary=f"x [{', '.join(map(str, source.shape))}] times weight [{n}, {k}] transposed, "
-        f"{'by head, ' if heads is not None else ''}and what follows on the tile. A program computes one tile.",
-        nodes=needed_nodes([node for node, _ in results], inputs),
+        f"{'by head, ' if heads is not None else ''}"
+        + (
+            "and what follows on the tile. A program computes one tile."
+            if sums is None
+            else f"{parts} parts of K apart."
+        ),
+        nodes=needed_nodes([node for node, _ in results], inputs) if sums is None else [anchor],
         variables=evaluator.used,
-        grid=(ceil_div(rows, tile.m), ceil_div(n, tile.n), 1 if heads is None else heads),
-        writes=[view for _, view in results],
+        grid=(ceil_div(rows, tile.m), ceil_div(n, tile.n), parts if heads is None else heads),
+        writes=written,
         num_warps=4,
         num_stages=3,
     )
@@ -170,6 +190,13 @@ def static_size(size: Size, node: Node) -> int:
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Element type of sums of products: 32 bits for whole numbers of 8, else that of any computation."""
     return torch.int32 if dtype == torch.int8 else compute_dtype(dtype)
+
+
+def _sum_dtype_of(anchor: Node) -> torch.dtype:
+    """Element type of a product's sums."""
+    if is_block_product(anchor):
+        return torch.float32
+    return sum_dtype(fact(arguments(anchor)["input"], TensorType).dtype)
 
 
 def dot(left: str, right: str, acc: str | None, dtype: torch.dtype) -> str:
@@ -228,27 +255,38 @@ def multiply(
     k: int,
     tile: Tile,
     weight: "WeightTiles",
+    parts: int = 1,
 ) -> None:
     """The loop over K, which leaves the product in ``acc``; a rest that does not fill a block is one turn with masks.
 
     Args:
         row: index of the tile's rows among the leading axes of the anchor's input.
+        parts: parts of K, of which a program computes the one called ``part``; one is all of K.
+
+    Raises:
+        CodegenError: K has no such parts of whole steps.
     """
     writer = evaluator.writer
     source = fact(arguments(anchor)["input"], TensorType)
     writer.column_names[k] = "ks"
     # The product is written inside the loops, so its start stands in front of them.
     writer.statement(f"acc = tl.zeros([BLOCK_M, BLOCK_N], {TL_TYPES[sum_dtype(source.dtype)]})")
+    for begin, end, masked in _ranges(writer, k, tile, parts, anchor):
+        with writer.block(f"for start in range({begin}, {end}, BLOCK_KS):"):
+            column = define_columns(writer, "ks", k, tile.k, "start", masked=masked)
+            # Rows beyond the last are not stored, so they may be anything; columns of x meet rows of the weight.
+            x = evaluator.raw(arguments(anchor)["input"], (*row, column), source.dtype, fill=masked)
+            left = _full_tile(writer, x, "BLOCK_M, BLOCK_KS")
+            w = weight.load(masked=masked)
+            writer.statement(f"acc = {dot(left, w, 'acc', source.dtype)}")
+
+
+def _ranges(writer: KernelWriter, k: int, tile: Tile, parts: int, anchor: Node) -> list[tuple[str, str, bool]]:
+    """Begin and end of the loops over K, and whether places there are masked."""
+    if parts > 1:
+        return [(*define_range(writer, k, tile.k, parts, anchor), False)]
     whole = k // tile.k * tile.k
-    for begin, end in ((0, whole), (whole, k)):
-        if begin < end:
-            with writer.block(f"for start in range({begin}, {end}, BLOCK_KS):"):
-                column = define_columns(writer, "ks", k, tile.k, "start", masked=end != whole)
-                # Rows beyond the last are not stored, so they may be anything; columns of x meet rows of the weight.
-                x = evaluator.raw(arguments(anchor)["input"], (*row, column), source.dtype, fill=end != whole)
-                left = _full_tile(writer, x, "BLOCK_M, BLOCK_KS")
-                w = weight.load(masked=end != whole)
-                writer.statement(f"acc = {dot(left, w, 'acc', source.dtype)}")
+    return [(str(begin), str(end), end != whole) for begin, end in ((0, whole), (whole, k)) if begin < end]
 
 
 def _full_tile(writer: KernelWriter, value: Register, shape: str) -> str:
@@ -331,61 +369,3 @@ def store_tile(evaluator: Evaluator, result: Result, anchor: Node, row: Index, c
     dtype = fact(result.node, TensorType).dtype
     # By the tile's own variables, so that those of a tile beyond an axis of size 1 are masked.
     store(evaluator.writer, result.view, dtype, row * shape[-1] + column, value)
-
-
-def _vendor(
-    call: RegionCall, builder: ProgramBuilder, inputs: Inputs, results: Sequence[tuple[Node, View]], anchor: Node
-) -> tuple[KernelStep | VendorLinear, ...]:
-    """[kernel for x] the vendor's linear [kernel for the epilogue]."""
-    given = arguments(anchor)
-    kind = fact(anchor, TensorType)
-    rows, n = product(kind.shape[:-1]), kind.shape[-1]
-    steps: list[KernelStep | VendorLinear] = []
-    ahead = [(node, view) for node, view in results if not depends_on(node, anchor)]
-    behind = [(node, view) for node, view in results if depends_on(node, anchor)]
-    x = _as_matrix(given["input"], inputs)
-    if x is None:
-        source = fact(given["input"], TensorType)
-        made = builder.scratch(f"{call.name}_x", source.dtype, source.shape)
-        ahead.append((given["input"], made))
-        x = View(made.value, (rows, source.shape[-1]), (source.shape[-1], 1))
-    if ahead:
-        steps += emit_rows(call.graph, inputs, ahead)
-    weight, bias = (_whole_weight(call, builder, inputs, given[name]) for name in ("weight", "bias"))
-    if weight is None:
-        raise CodegenError("the vendor's linear needs a weight", where=where(anchor))
-    direct = next((view for node, view in behind if peel(node, view, inputs).node is anchor), None)
-    product_view = direct or builder.scratch(f"{call.name}_product", kind.dtype, kind.shape)
-    out = View(product_view.value, (rows, n), (n, 1), product_view.offset)
-    laid_out = builder.weight_layout(weight, "vendor")
-    reads = tuple(sorted({x.value, laid_out} | ({bias} if bias is not None else set())))
-    steps.append(VendorLinear(x, laid_out, bias, out, reads, (out.value,), (anchor.name,)))
-    held = {**inputs, anchor: (View(out.value, kind.shape, contiguous_strides(kind.shape), out.offset), kind.dtype)}
-    rest = [(node, view) for node, view in behind if view is not direct]
-    return (*steps, *(emit_rows(call.graph, held, rest) if rest else ()))
-
-
-def _as_matrix(node: Node, inputs: Inputs) -> View | None:
-    """x [.., K] as a view [M, K] with contiguous rows, where it is one."""
-    chain: list[Node] = []
-    while node not in inputs:
-        if not views.has_view_rule(node.target):
-            return None
-        chain.append(node)
-        node = node.all_input_nodes[0]
-    view = inputs[node][0]
-    layout: views.Strided | None = views.Strided(view.shape, view.strides, view.offset)
-    for step in reversed(chain):
-        layout = views.apply_view(step, layout) if layout is not None else None
-    if layout is None or (stride := views.row_stride(layout)) is None:
-        return None
-    return View(view.value, (product(layout.shape[:-1]), layout.shape[-1]), (stride, 1), layout.offset)
-
-
-def _whole_weight(call: RegionCall, builder: ProgramBuilder, inputs: Inputs, node: Node | None) -> int | None:
-    if node is None:
-        return None
-    view = inputs[node][0] if node in inputs else None
-    if view is None or not builder.is_weight(view.value) or view != builder.whole(view.value):
-        raise CodegenError("the vendor's linear reads weights as they are stored", where=call.name)
-    return view.value

@@ -11,7 +11,7 @@ from tilewright.errors import OptionError
 from tilewright.ir.facts import TensorType, fact, find_fact, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.measurements import GemmKey, Measurements
-from tilewright.ir.regions import GEMM_VARIANTS, Anchor, GemmTable, Region
+from tilewright.ir.regions import GEMM_VARIANTS, SPLITS, Anchor, GemmTable, Region
 from tilewright.ir.sizes import Size, product
 from tilewright.ops import Flow, traits_of
 from tilewright.ops.blocks import FORMATS
@@ -32,6 +32,11 @@ _BY_RULE: dict[str, Entries] = {
     "auto": ((8, "triton_few"), (32, "triton"), (None, VENDOR)),
     "triton": ((8, "triton_few"), (128, "triton"), (None, "triton_many")),
 }
+_TILE_COLUMNS = 64
+_PROGRAMS = 4
+"""Programs for each unit of a machine, from which on they end about together: cutting K gains nothing more."""
+_LEAST_PART = 512
+"""Elements of K that a program should go through at least."""
 _BLOCKS_BY_RULE: Entries = ((1, "triton_one"), (4, "triton_few"), (16, "triton"), (None, "triton_many"))
 
 
@@ -77,21 +82,49 @@ class Specialize(Pass):
             return measured_entries(timings), True
         choice = "triton" if self.gemm in ("auto", VENDOR) and VENDOR not in variants_of(key) else self.gemm
         if key.dtype in FORMATS and choice == "triton":
-            return _BLOCKS_BY_RULE, False
-        return _BY_RULE.get(choice, ((None, choice),)), False
+            return self._split(_BLOCKS_BY_RULE, key), False
+        return self._split(_BY_RULE[choice], key) if choice in _BY_RULE else ((None, choice),), False
+
+    def _split(self, entries: Entries, key: GemmKey) -> Entries:
+        """Entries of few rows with K cut into as many parts as give each unit a program, where columns do not."""
+        units = self.measurements.units
+        tiles = _tiles(key)
+        parts = next((count for count in splits_of(key, units) if count * tiles >= units), 0)
+        if tiles >= units or not parts:
+            return entries
+        cut = ("triton_one", "triton_few")
+        return tuple((bound, f"{variant}:{parts}" if variant in cut else variant) for bound, variant in entries)
 
 
-def variants_of(key: GemmKey) -> tuple[str, ...]:
-    """The variants there are of a product.
+def _tiles(key: GemmKey) -> int:
+    return -(-key.n // _TILE_COLUMNS)
+
+
+def splits_of(key: GemmKey, units: int) -> tuple[int, ...]:
+    """Parts that K of a product may be cut into: where tiles of columns alone are few for the units of a machine.
+
+    Args:
+        units: programs that the machine runs at once: threads of a CPU, multiprocessors of a GPU.
+    """
+    if key.heads > 1 or units == 1:
+        return ()
+    fits = [count for count in SPLITS if _tiles(key) * count <= _PROGRAMS * units]
+    # Whole blocks and steps of every type are parts of 256.
+    return tuple(count for count in fits if key.k % (256 * count) == 0 and key.k // count >= _LEAST_PART)
+
+
+def variants_of(key: GemmKey, units: int = 1) -> tuple[str, ...]:
+    """The variants there are of a product on a machine that runs so many programs at once.
 
     The vendor library is not asked for whole numbers and heads. Of numbers, tiles of few rows read a weight as fast as
     those of one do: only weights that have to be unpacked gain by these.
     """
-    left_out = set()
+    parts = {str(count) for count in splits_of(key, units)}
+    left_out = {variant for variant in GEMM_VARIANTS if ":" in variant and variant.partition(":")[2] not in parts}
     if key.dtype == "int8" or key.dtype in FORMATS or key.heads > 1:
         left_out.add(VENDOR)
     if key.dtype not in FORMATS:
-        left_out.add("triton_one")
+        left_out.update(variant for variant in GEMM_VARIANTS if variant.partition(":")[0] == "triton_one")
     return tuple(variant for variant in GEMM_VARIANTS if variant not in left_out)
 
 

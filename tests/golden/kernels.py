@@ -54,6 +54,15 @@ def gemm(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
     return kernel_steps(body, [out], Anchor.GEMM, weights=weights)
 
 
+def gemm_split(dtype: torch.dtype = torch.float32) -> list[KernelStep]:
+    """A product of few rows by a weight of few rows, in parts of K; GELU behind the sum of the parts."""
+    body = Body()
+    x, weight, bias = body.input((TOKENS, 4096), dtype), body.input((100, 4096), dtype), body.input((100,), dtype)
+    out = body.call(aten.gelu.default, body.call(aten.linear.default, x, weight, bias))
+    weights = {1: torch.zeros(100, 4096, dtype=dtype), 2: torch.zeros(100, dtype=dtype)}
+    return kernel_steps(body, [out], Anchor.GEMM, weights=weights, variant="triton_few:4")
+
+
 def attention_packed(dtype: torch.dtype = torch.float32, variant: str = "online") -> list[KernelStep]:
     """Causal, windowed, grouped heads."""
     body = Body()
@@ -96,6 +105,7 @@ FAMILIES: dict[str, Callable[..., list[KernelStep]]] = {
     "row": row,
     "scatter": scatter,
     "gemm": gemm,
+    "gemm_split": gemm_split,
     "attention_packed": attention_packed,
     "attention_short": partial(attention_packed, variant="short_128"),
     "attention_long": partial(attention_packed, variant="long"),

@@ -18,7 +18,7 @@ from tilewright.passes.base import run_pass
 from tilewright.passes.find_regions import FindRegions
 from tilewright.passes.outline_regions import OutlineRegions
 from tilewright.passes.place import Place
-from tilewright.passes.specialize import Specialize, gemm_key, measured_entries
+from tilewright.passes.specialize import Specialize, gemm_key, measured_entries, splits_of, variants_of
 
 aten = torch.ops.aten
 KEY = GemmKey(24, 8, "float32")
@@ -107,3 +107,29 @@ def test_regions_share_timings_when_they_differ_in_their_rows_alone() -> None:
 def test_unknown_choice_is_refused() -> None:
     with pytest.raises(OptionError, match="gemm='cublas'"):
         tables("cublas", Measurements(), TOKENS)
+
+
+def test_k_is_cut_where_tiles_of_columns_are_few() -> None:
+    key = GemmKey(64, 4096, "float32")
+    assert splits_of(key, 2) == (2, 4, 8)
+    assert splits_of(GemmKey(200, 4096, "float32"), 2) == (2,)
+    assert splits_of(GemmKey(320, 4096, "float32"), 2) == ()
+    assert splits_of(GemmKey(4096, 4096, "bfloat16"), 132) == (2, 4, 8)
+    assert splits_of(GemmKey(64, 1536, "float32"), 2) == (2,)
+    assert splits_of(GemmKey(64, 500, "float32"), 2) == ()
+    assert splits_of(GemmKey(64, 4096, "float32", heads=4), 2) == ()
+    split = {variant for variant in variants_of(key, 2) if ":" in variant}
+    assert split == {"triton_few:2", "triton_few:4", "triton_few:8"}
+    assert "triton_one:8" in variants_of(GemmKey(64, 4096, "Q4_K"), 2)
+    assert not any(":" in variant for variant in variants_of(key))
+
+
+def test_the_rule_gives_each_unit_a_program() -> None:
+    def entries(n: int, units: int) -> list[str]:
+        found, _ = Specialize("triton", Measurements(units=units))._entries(GemmKey(n, 4096, "float32"))
+        return [variant for _, variant in found]
+
+    assert entries(64, 2) == ["triton_few:2", "triton", "triton_many"]
+    assert entries(64, 7) == ["triton_few:8", "triton", "triton_many"]
+    assert entries(128, 2) == ["triton_few", "triton", "triton_many"]
+    assert entries(4096, 132) == ["triton_few:4", "triton", "triton_many"]

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter
 from tilewright import settings
 from tilewright.codegen.assemble import assemble
 from tilewright.codegen.builder import ProgramBuilder
+from tilewright.codegen.cpu.launch import num_threads
 from tilewright.codegen.emit import emit_region
 from tilewright.codegen.region_call import RegionCall
 from tilewright.driver.compiled import CompiledModel
@@ -185,7 +186,7 @@ def _run_passes(
     gm, records = run_pipeline(gm, front, observers)
     if options.opt_level == 0:
         return gm, records
-    found = Measurements()
+    found = Measurements(units=num_threads())
     if options.gemm == "auto":
         found = measurements_for(gm, options.opt_level, _compile_specialized, progress)
     found = replace(found, attention=attention_timings(gm, options.opt_level, compile_attention, progress))

@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from tilewright.codegen.cpu.launch import num_threads
 from tilewright.driver.kernels import Progress
 from tilewright.driver.timing_store import Timings, may_measure, stored_or_measured
 from tilewright.ir.facts import TensorType, TupleType, all_facts, fact, find_fact, set_fact
@@ -46,7 +47,7 @@ def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, prog
         progress: called before each problem.
     """
     if opt_level not in _EFFORT or not may_measure():
-        return Measurements()
+        return Measurements(units=num_threads())
     problems: dict[GemmKey, list[Node]] = {}
     for node in gm.graph.nodes:
         region = find_fact(node, Region)
@@ -58,7 +59,7 @@ def measurements_for(gm: GraphModule, opt_level: int, compile_one: Compile, prog
             progress(done, len(problems), f"timing GEMM {key.n}x{key.k}")
         measure = partial(_measure, gm, key, calls, opt_level, compile_one)
         found[key] = stored_or_measured("gemm-table", key, opt_level, measure)
-    return Measurements(found)
+    return Measurements(found, units=num_threads())
 
 
 def _measure(gm: GraphModule, key: GemmKey, calls: list[Node], opt_level: int, compile_one: Compile) -> Timings:
@@ -66,7 +67,7 @@ def _measure(gm: GraphModule, key: GemmKey, calls: list[Node], opt_level: int, c
     same_rows = [call for call in calls if _rows(call) == _rows(calls[0])]
     alone = regions_alone(gm, same_rows[:_MOST_REGIONS])
     runs = {}
-    for variant in variants_of(key):
+    for variant in variants_of(key, num_threads()):
         specialize_all(alone, variant)
         runs[variant] = _runner(compile_one(alone), info(alone).inputs)
     return measure_variants(runs, rows, budget)

@@ -46,7 +46,11 @@ class Measurements:
 
     ``seconds[key][variant]`` is a tuple of (rows, seconds) sorted by rows; ``attention[key][variant]`` one of (padded
     length, seconds), for the lengths that the variant takes.
+
+    Attributes:
+        units: programs that the machine runs at once.
     """
 
     seconds: dict[GemmKey, dict[str, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
     attention: dict[AttentionKey, dict[str, tuple[tuple[int, float], ...]]] = field(default_factory=dict)
+    units: int = 1

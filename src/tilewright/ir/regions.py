@@ -73,8 +73,19 @@ class CopyBefore:
     why: str
 
 
-GEMM_VARIANTS = ("triton_one", "triton_few", "triton", "triton_many", "vendor")
-"""How a GEMM can be run: our kernel with tiles of one, few, some or many rows, or the vendor library."""
+SPLITS = (2, 4, 8)
+"""Parts that K can be cut into."""
+
+GEMM_VARIANTS = (
+    "triton_one",
+    "triton_few",
+    "triton",
+    "triton_many",
+    "vendor",
+    *(f"{tile}:{parts}" for tile in ("triton_one", "triton_few") for parts in SPLITS),
+)
+"""How a GEMM can be run: our kernel with tiles of one, few, some or many rows; the vendor library; our kernel with
+tiles of one or few rows for each part of K, and a second one that adds the parts up (DeepSpeed Inference, III.B)."""
 
 
 @dataclass(frozen=True)
