@@ -29,7 +29,13 @@ def start_softmax(writer: KernelWriter, kind: str, per_query: str, acc: str, sin
 
 
 def fold_scores(
-    writer: KernelWriter, values: str, *, dtype: torch.dtype, compute: torch.dtype, turned: bool = False
+    writer: KernelWriter,
+    values: str,
+    *,
+    dtype: torch.dtype,
+    compute: torch.dtype,
+    turned: bool = False,
+    value_scales: str | None = None,
 ) -> None:
     """Adds a block to the state: its masked ``scores`` and its values.
 
@@ -37,10 +43,12 @@ def fold_scores(
         values: text of the values' tile.
         dtype, compute: of the values, and of the scores.
         turned: whether scores are [keys, queries].
+        value_scales: text of what each key's values are to be multiplied by, along the keys of the scores.
     """
     cast = "" if dtype == compute else f".to({TL_TYPES[dtype]})"
     axis = 0 if turned else 1
-    weights, fade = (f"tl.trans({text})" if turned else text for text in (f"weights{cast}", "fade"))
+    scaled = "weights" if value_scales is None else f"(weights * {value_scales})"
+    weights, fade = (f"tl.trans({text})" if turned else text for text in (f"{scaled}{cast}", "fade"))
     for line in (
         f"new_peak = tl.maximum(peak, tl.max(scores, {axis}, keep_dims=True))",
         # A query that has seen no key yet has peak -inf, and -inf - -inf is no number.

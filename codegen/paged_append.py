@@ -9,11 +9,12 @@ from tilewright.codegen.kernel_text import finish
 from tilewright.codegen.nodes import arguments
 from tilewright.codegen.paged_problem import NewRows
 from tilewright.codegen.region_call import RegionCall
-from tilewright.codegen.writer import Var
+from tilewright.codegen.writer import KernelWriter, Register, Var
 from tilewright.ir.facts import TensorType, fact
 from tilewright.ir.program import KernelStep, View
 from tilewright.ir.sizes import ceil_div
 from tilewright.ops import Flow, traits_of
+from tilewright.ops.cache import LEAST_MAGNITUDE, STEPS
 
 _NEW_ROWS = 8
 
@@ -44,19 +45,24 @@ def emit_append(problem: NewRows, results: Sequence[View] = ()) -> KernelStep:
     slots, heads = problem.slots, problem.kv_heads
     writer.statement(f"page = {place} // {slots} * {heads} + head")
     written = [*results]
-    for new, pages, size, axis in (
-        ("k", "key_pages", problem.size, problem.key_axis),
-        ("v", "value_pages", problem.value_size, problem.value_axis),
+    for new, kind, size, axis in (
+        ("k", "key", problem.size, problem.key_axis),
+        ("v", "value", problem.value_size, problem.value_axis),
     ):
         column = axis(writer)
         value = evaluator.number(problem.given[new], (row, head, column), problem.compute)
         mask = writer.mask(row.deps | column.deps)
         at = writer.index_text(column)
         inside = f"{at} * {slots} + {place} % {slots}" if new == "k" else f"{place} % {slots} * {size} + {at}"
-        address = f"{problem.pages(writer, pages)} + page * {slots * size} + {inside}"
+        address = f"{problem.pages(writer, f'{kind}_pages')} + page * {slots * size} + {inside}"
+        written.append(problem.view(f"{kind}_pages"))
+        if problem.scaled:
+            value = _steps(writer, value, mask, f"{kind}_magnitude")
+            scale = f"{problem.pages(writer, f'{kind}_scales')} + page * {slots} + {place} % {slots}"
+            writer.statement(f"tl.store({scale}, {kind}_magnitude / {STEPS}, mask=row_mask)")
+            written.append(problem.view(f"{kind}_scales"))
         rounded = evaluator.convert(value, problem.pages_dtype)
         writer.statement(f"tl.store({address}, {rounded.text}, mask={mask})")
-        written.append(problem.inputs[problem.given[pages]][0])
     return finish(
         writer,
         family="append",
@@ -66,3 +72,11 @@ def emit_append(problem: NewRows, results: Sequence[View] = ()) -> KernelStep:
         grid=(ceil_div(tokens, _NEW_ROWS), heads, 1),
         writes=written,
     )
+
+
+def _steps(writer: KernelWriter, value: Register, mask: str | None, magnitude: str) -> Register:
+    """Whole numbers of steps [rows, size]; writes the rows' largest magnitude, ``STEPS`` steps, under that name."""
+    known = f"tl.where({mask}, {value.text}, 0.0)" if mask else value.text
+    writer.statement(f"{magnitude} = tl.maximum(tl.max(tl.abs({known}), 1, keep_dims=True), {LEAST_MAGNITUDE})")
+    text = f"tl.floor({value.text} * ({STEPS}.0 / {magnitude}) + 0.5)"
+    return Register(writer.emit(f"{value.text}_steps", text, value.deps), value.dtype, value.deps)

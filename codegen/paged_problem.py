@@ -22,7 +22,8 @@ _NAMES = (
     *("tile", "kv_head", "sequence", "lanes", "lane_mask", "query", "head", "d", "dv", "first_seen", "first_query"),
     *("last_query", "key_last", "page", "key_slots", "value_slots", "keys", "values", "scores", "peak", "new_peak"),
     *("shift", "weights", "fade", "total", "acc", "attention", "rows", "row_mask", "place", "queries", "down"),
-    *("part", "part_peak", "part_total", "part_acc"),
+    *("part", "part_peak", "part_total", "part_acc", "key_scales", "value_scales"),
+    *("key_magnitude", "value_magnitude"),
 )
 
 
@@ -37,6 +38,7 @@ class NewRows:
         size, value_size: of a head, of keys and of values.
         compute: in what values are evaluated.
         pages_dtype: element type of the pages.
+        scaled: whether they hold whole numbers of steps, whose sizes lie beside them.
     """
 
     def __init__(self, call: RegionCall, inputs: Inputs, anchor: Node, dtype: torch.dtype) -> None:
@@ -48,6 +50,7 @@ class NewRows:
             raise CodegenError("pages need fixed heads and sizes", where=where(anchor))
         self.kv_heads, self.slots, self.value_size, self.size = map(int, fixed)
         self.compute, self.pages_dtype = compute_dtype(dtype), pages.dtype
+        self.scaled = isinstance(self.given["key_scales"], Node)
 
     def kernel(self) -> tuple[KernelWriter, Evaluator]:
         """A kernel to write."""
@@ -63,8 +66,12 @@ class NewRows:
         """The variable along axis 1 over the size of a value."""
         return head_axis(writer, "dv", self.value_size)
 
+    def view(self, name: str) -> View:
+        """Where an operand lies."""
+        return self.inputs[self.given[name]][0]
+
     def pages(self, writer: KernelWriter, name: str) -> str:
-        """Pointer to the pages of keys or of values."""
+        """Pointer to the pages of keys or of values, or to their scales."""
         view, dtype = self.inputs[self.given[name]]
         return writer.pointer(view, dtype, name)
 

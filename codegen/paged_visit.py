@@ -28,6 +28,8 @@ def visit_page(problem: PagedProblem, writer: KernelWriter, slots: str) -> None:
     writer.statement("key_slots = start + tl.arange(0, PAGE)[None, :]")
     keys, values = _keys(problem, writer), _values(problem, writer)
     writer.statement(f"scores = {dot('queries', keys, None, dtype)}")
+    if problem.scaled:
+        writer.statement(f"scores = scores * {_scales(problem, writer, 'key_scales')}")
     if not problem.scaled_queries:
         writer.statement(f"scores = scores * {literal(problem.factor)}")
     if float(given["softcap"]) > 0.0:
@@ -36,7 +38,15 @@ def visit_page(problem: PagedProblem, writer: KernelWriter, slots: str) -> None:
     if given["window_left"] >= 0:
         allowed = f"({allowed}) & (key_slots >= {slots} - {given['window_left']})"
     writer.statement(f'scores = tl.where({allowed}, scores, float("-inf"))')
-    fold_scores(writer, values, dtype=dtype, compute=problem.compute)
+    value_scales = _scales(problem, writer, "value_scales") if problem.scaled else None
+    fold_scores(writer, values, dtype=dtype, compute=problem.compute, value_scales=value_scales)
+
+
+def _scales(problem: PagedProblem, writer: KernelWriter, name: str) -> str:
+    """Text of the sizes of a page's steps [1, PAGE]; slots that hold nothing yet are 0."""
+    address = f"{problem.pages(writer, name)} + page * PAGE + tl.arange(0, PAGE)[None, :]"
+    writer.statement(f"{name} = tl.load({address}, mask=key_slots < key_last, other=0.0)")
+    return name
 
 
 def _keys(problem: PagedProblem, writer: KernelWriter) -> str:
@@ -60,5 +70,5 @@ def _values(problem: PagedProblem, writer: KernelWriter) -> str:
     masks = ["start + value_slots < key_last", writer.mask(column.deps)]
     mask = " & ".join(f"({mask})" for mask in masks if mask)
     address = f"{problem.pages(writer, 'value_pages')} + {row} + {writer.index_text(column)}"
-    writer.statement(f"values = tl.load({address}, mask={mask}, other=0.0){problem.widened}")
+    writer.statement(f"values = tl.load({address}, mask={mask}, other=0){problem.widened}")
     return "values"

@@ -48,29 +48,38 @@ _TOLD_OF_SOURCES: tuple[tuple[str, tuple[Size, ...], Layout], ...] = (
 )
 
 
-def pages_type(kind: str, new: TensorType, page_size: int, dtype: torch.dtype | None) -> TensorType:
-    """Type of the pages that take keys or values of type [T, Hkv, size].
+def page_types(
+    keys: TensorType, values: TensorType, page_size: int, dtype: torch.dtype | None
+) -> dict[str, TensorType]:
+    """Types of the pages that take keys [T, Hkv, D] and values [T, Hkv, Dv], by the names of their operands.
+
+    Keys lie with their slots together: scores are then products of rows that are read as they are stored.
 
     Args:
-        kind: "key_pages" or "value_pages". Keys lie with their slots together: scores are then products of rows that
-            are read as they are stored.
-        new: what goes into them.
+        keys, values: what goes into them.
         page_size: slots of a page.
-        dtype: of the pages; None for that of what goes into them.
+        dtype: of the pages; None for that of what goes into them. Whole numbers have their steps beside them.
     """
-    _, heads, size = new.shape
-    inside = (size, page_size) if kind == "key_pages" else (page_size, size)
-    return TensorType((PAGES, heads, *inside), dtype or new.dtype)
+    _, heads, size = keys.shape
+    value_size = values.shape[2]
+    types = {
+        "key_pages": TensorType((PAGES, heads, size, page_size), dtype or keys.dtype),
+        "value_pages": TensorType((PAGES, heads, page_size, value_size), dtype or values.dtype),
+    }
+    if dtype is torch.int8:
+        scales = TensorType((PAGES, heads, page_size), torch.float32)
+        types |= {"key_scales": scales, "value_scales": scales}
+    return types
 
 
 @dataclass(frozen=True)
 class AddCache(Pass):
     """Turns a packed causal graph into one step of generation.
 
-    Its inputs are then the tokens [T], what ``tilewright.ir.steps.StepBatch`` says of them, and for each attention
-    pages of keys [N, Hkv, D, page_size] and of values [N, Hkv, page_size, Dv]; its output is one row for each wanted
-    one. The n-th attention over a source has its keys in the pages of the n-th one over tokens, where these are of the
-    same type: a page id then means memory for either, and there is one pool.
+    Its inputs are then the tokens [T], what ``tilewright.ir.steps.StepBatch`` says of them, and for each attention the
+    pages of ``page_types``; its output is one row for each wanted one. The n-th attention over a source has its keys in
+    the pages of the n-th one over tokens, where these are of the same type: a page id then means memory for either, and
+    there is one pool.
 
     Attributes:
         page_size: slots of a page.
@@ -109,7 +118,7 @@ class AddCache(Pass):
 class _StepWriter:
     def __init__(self, gm: GraphModule, options: AddCache) -> None:
         self.gm, self.graph, self.options = gm, gm.graph, options
-        self.pages: list[tuple[Node, Node]] = []
+        self.pages: list[dict[str, Node]] = []
         self.specs: list[InputSpec] = []
         self.old = [node for node in self.graph.nodes if node.op == "placeholder"]
         self.row_index = next(iter(self.graph.find_nodes(op="call_function", target=tw.pack_index.default)), None)
@@ -156,17 +165,15 @@ class _StepWriter:
         self.told = {name: self._input(name, shape, torch.int32, layout, state=False) for name, shape, layout in told}
         self.at_slots = AtSlots(self.told["slots"], AddCache.name)
 
-    def _pages(self, prefix: str, number: int, new: tuple[TensorType, ...]) -> tuple[Node, Node]:
+    def _pages(self, prefix: str, number: int, types: dict[str, TensorType]) -> dict[str, Node]:
         """New pages for keys and values."""
-        keys, values = (
-            self._input(f"{prefix}{kind}_{number}", type_.shape, type_.dtype, Layout(LayoutKind.FREE), state=True)
-            for kind, type_ in zip(("key_pages", "value_pages"), new, strict=True)
-        )
-        return keys, values
+        return {
+            kind: self._input(f"{prefix}{kind}_{number}", type_.shape, type_.dtype, Layout(LayoutKind.FREE), state=True)
+            for kind, type_ in types.items()
+        }
 
-    def _page_types(self, keys: TensorType, values: TensorType) -> tuple[TensorType, ...]:
-        size, dtype = self.options.page_size, self.options.dtype
-        return pages_type("key_pages", keys, size, dtype), pages_type("value_pages", values, size, dtype)
+    def _page_types(self, keys: TensorType, values: TensorType) -> dict[str, TensorType]:
+        return page_types(keys, values, self.options.page_size, self.options.dtype)
 
     def _remove_old_inputs(self) -> None:
         for node in self.old:
@@ -259,10 +266,10 @@ class _StepWriter:
         if why:
             raise CacheRefused("the model cannot go on from a cache", where=where(node), why=why)
         types = self._page_types(fact(k, TensorType), fact(v, TensorType))
-        keys, values = self._pages("", len(self.pages), types)
-        self.pages.append((keys, values))
+        self.pages.append(self._pages("", len(self.pages), types))
+        keys, values, *scales = self.pages[-1].values()
         told = [self.told[name] for name in ("places", "cu_seqlens", "slots", "page_table")]
-        args = (q, k, v, keys, values, *told, sinks, scale, left, cap)
+        args = (q, k, v, keys, values, *told, sinks, scale, left, cap, *scales)
         made = self._call(node, tw.attention_paged.default, args, fact(node, TensorType), _PACKED)
         node.replace_all_uses_with(made)
 
@@ -271,10 +278,11 @@ class _StepWriter:
         q, k, v, _, _, scale, cap = positional(node)
         new = (_by_rows(k), _by_rows(v))
         types, pages = self._page_types(*new), self.pages[number] if number < len(self.pages) else None
-        if pages is None or types != tuple(fact(each, TensorType) for each in pages):
+        if pages is None or types != {kind: fact(each, TensorType) for kind, each in pages.items()}:
             pages = self._pages("source_", number, types)
+        keys, values, *scales = pages.values()
         told = [self.told[name] for name in ("cu_seqlens", "source_slots", "source_table")]
-        args = (q, None, None, *pages, None, *told, None, scale, -1, cap)
+        args = (q, None, None, keys, values, None, *told, None, scale, -1, cap, *scales)
         node.replace_all_uses_with(self._call(node, tw.attention_paged.default, args, fact(node, TensorType), _PACKED))
 
     # Results

@@ -15,7 +15,7 @@ from tilewright.ir.facts import Origin, TensorType, copy_origin, fact, set_fact,
 from tilewright.ir.graph import InputSpec, Level, OutputSpec, info, update_info
 from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
-from tilewright.passes.add_cache import pages_type
+from tilewright.passes.add_cache import page_types
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.layout_axes import positional
 from tilewright.passes.rewrite import erase_dead
@@ -93,12 +93,13 @@ class _FillWriter:
         return self._call(tw.gather_rows.default, (places, row_index), type_, Layout(LayoutKind.PACKED, 0, 1), places)
 
     def _fill(self, number: int, pair: tuple[Node, Node], places: Node) -> Node:
-        pages = []
-        for kind, node in zip(("key_pages", "value_pages"), pair, strict=True):
-            type_ = pages_type(kind, fact(node, TensorType), self.options.page_size, self.options.dtype)
-            pages.append(self._input(f"{kind}_{number}", type_, Layout(LayoutKind.FREE), state=True))
-        token = TensorType((0,), torch.int32)
-        return self._call(tw.append_pages.default, (*pair, *pages, places), token, Layout(LayoutKind.FREE), pair[0])
+        new = [fact(node, TensorType) for node in pair]
+        keys, values, *scales = (
+            self._input(f"{kind}_{number}", type_, Layout(LayoutKind.FREE), state=True)
+            for kind, type_ in page_types(new[0], new[1], self.options.page_size, self.options.dtype).items()
+        )
+        args, token = (*pair, keys, values, places, *scales), TensorType((0,), torch.int32)
+        return self._call(tw.append_pages.default, args, token, Layout(LayoutKind.FREE), pair[0])
 
     def _input(self, name: str, type_: TensorType, layout: Layout, state: bool = False) -> Node:
         with self.graph.inserting_before(self.first):

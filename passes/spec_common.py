@@ -111,7 +111,7 @@ def _functional(gm: GraphModule) -> Iterator[Violation]:
             continue
         for parameter, operand in zip(schema.arguments, positional(node), strict=False):
             written = parameter.alias_info is not None and parameter.alias_info.is_write
-            if written and operand not in states:
+            if written and operand is not None and operand not in states:
                 yield Violation(node, f"{node.target} writes to '{operand}', which is no memory of the caller")
 
 

@@ -101,8 +101,8 @@ def _pages_once(gm: GraphModule) -> Iterator[Violation]:
     """Who appends would write over what another one appends; who only reads may share."""
     writers, readers = Counter[Node](), Counter[Node]()
     for node in _paged(gm):
-        _, new, _, *pages = positional(node)[:5]
-        for each in pages:
+        _, new, _, *given = positional(node)
+        for each in (*given[:2], *(scales for scales in given[-2:] if scales is not None)):
             found = readers if new is None else writers
             found[each] += 1
             if found[each] == 2:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from tests.codegen.bodies import Body, assert_matches, run
+from tests.codegen.bodies import Body, assert_matches, reference, run
 from torch import Tensor
 from torch.fx import GraphModule
 
@@ -39,32 +39,37 @@ def paged(
     first = torch.tensor([before for before, _ in shares])
     total, batch, longest = int(counts.sum()), len(shares), int((first + counts).max())
     width = -(-longest // slots)
-    table = torch.randperm(batch * width).reshape(batch, width).int()
+    pages = batch * width
+    table = torch.randperm(pages).reshape(batch, width).int()
     cu_seqlens = torch.cat((torch.zeros(1), counts.cumsum(0))).int()
     owner = torch.repeat_interleave(torch.arange(batch), counts)
     slot = first[owner] + torch.arange(total) - cu_seqlens[owner]
     places = table[owner, slot // slots] * slots + slot % slots
-    pages = batch * width
     stored = pages_dtype or dtype
-    keys = torch.full((pages, key_heads, size, slots), float("nan"))
-    values = torch.full((pages, key_heads, slots, value_size), float("nan"))
-    for sequence, (before, _) in enumerate(shares):
-        for at in range(before):
-            page = table[sequence, at // slots]
-            keys[page, :, :, at % slots] = torch.randn(key_heads, size)
-            values[page, :, at % slots] = torch.randn(key_heads, value_size)
+    garbage = -128 if stored is torch.int8 else float("nan")
+    pools = [
+        torch.full((pages, key_heads, *shape), garbage).to(stored) for shape in ((size, slots), (slots, value_size))
+    ]
+    steps = [torch.full((pages, key_heads, slots), float("nan")) for _ in range(2)] if stored is torch.int8 else []
+    old = torch.cat(
+        [table[row, torch.arange(n) // slots] * slots + torch.arange(n) % slots for row, n in enumerate(first)]
+    )
+    ops.append_pages(*(torch.randn(len(old), key_heads, each) for each in sizes), *pools, old.int(), *steps)
     body = Body()
     shapes = ((query_heads, size), (key_heads, size), (key_heads, value_size))
     new = [body.input((TOKENS, *shape), dtype) for shape in shapes]
-    held = [body.input((PAGES, *pool.shape[1:]), stored) for pool in (keys, values)]
+    held = [body.input((PAGES, *pool.shape[1:]), stored) for pool in pools]
     told = [body.input(shape, torch.int32) for shape in ((TOKENS,), (BATCH + 1,), (TOKENS,), (BATCH, TABLE))]
     tensors = [torch.randn(total, *shape).to(dtype) for shape in shapes]
-    tensors += [keys.to(stored), values.to(stored), places.int(), cu_seqlens, slot.int(), table]
+    tensors[1][0] = 0.0  # the first new key has no magnitude
+    tensors += [*pools, places.int(), cu_seqlens, slot.int(), table]
     sink = None
     if sinks:
         sink = body.input((query_heads,), dtype)
         tensors.append(torch.randn(query_heads).to(dtype))
-    out = body.call(ops.attention_paged.default, *new, *held, *told, sink, size**-0.5, window, softcap)
+    tensors += steps
+    scales = [body.input((PAGES, key_heads, slots), torch.float32) for _ in steps]
+    out = body.call(ops.attention_paged.default, *new, *held, *told, sink, size**-0.5, window, softcap, *scales)
     merged = body.call(aten.reshape.default, out, [TOKENS, query_heads * value_size])
     gm = body.module(body.call(aten.mul.Tensor, merged, 2.0))
     return gm, tensors, {BATCH: batch, TOKENS: total, TABLE: width, PAGES: pages}
@@ -121,3 +126,28 @@ def test_nothing_before_a_window_is_read(form: str, shares: list[tuple[int, int]
         found += run(gm, given, sizes, anchor=Anchor.ATTENTION, variant=form)  # type: ignore[arg-type]
     assert not found[0].isnan().any()
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("form", "shares"), [("paged_one", ONE), ("paged_few", FEW), ("paged_many", MANY)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pages_of_whole_numbers(form: str, shares: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    """The rounding is right to half a step, and what is computed from rounded keys is right as it is in other types."""
+    options = {"dtype": dtype, "pages_dtype": torch.int8, "sizes": (24, 40), "softcap": 4.0, "sinks": True}
+    gm, tensors, sizes = paged(shares, **options)  # type: ignore[arg-type]
+    (found,) = run(gm, tensors, sizes, anchor=Anchor.ATTENTION, variant=form)  # type: ignore[arg-type]
+    new_keys, new_values, key_pages, value_pages, places = (each.double() for each in tensors[1:6])
+    key_steps, value_steps = tensors[-2].double(), tensors[-1].double()
+    page, slot = places.long() // 32, places.long() % 32
+    for new, steps, written in (
+        (new_keys, key_steps[page, :, slot], key_pages[page, :, :, slot]),
+        (new_values, value_steps[page, :, slot], value_pages[page, :, slot]),
+    ):
+        assert torch.allclose(steps * 127, new.abs().amax(-1).clamp(min=1e-30), rtol=1e-6, atol=0)
+        assert float(((written - new / steps[..., None]).abs()).max()) < 0.5001
+        assert float(written.abs().max()) == 127
+    attention = next(node for node in gm.graph.nodes if node.target is ops.attention_paged.default)
+    args = list(attention.args)
+    args[1] = args[2] = args[5] = None  # the pages are as the kernels left them
+    attention.args = tuple(args)
+    (want,) = reference(gm, tensors, sizes)  # type: ignore[arg-type]
+    assert float((found.double() - want).abs().max()) <= FLOATS[dtype] * float(want.abs().max())

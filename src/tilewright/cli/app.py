@@ -159,6 +159,7 @@ def generate(
     opt_level: Level = 2,
     gemm: Gemm = "auto",
     dtype: Dtype = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="of kept keys and values: fp32, bf16, fp16 or int8")] = None,
     as_json: Json = False,
 ) -> None:
     """Stream the text that MODEL writes behind a prompt or, as an encoder-decoder, about it; and show how fast."""
@@ -181,7 +182,7 @@ def generate(
         options["do_sample"] = True
     options["max_new_tokens"] = max_new_tokens
     text = command.read_prompt(prompt, prompt_file)
-    choices = CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm)
+    choices = CompileOptions(parse_dtype(dtype), opt_level, gemm=gemm, kv_dtype=kv_dtype)
     loaded = command.open_model(model)
     ids = command.prompt_ids(loaded.tokenizer, text, chat)
     opened = command.compile_model(loaded, ids, options, choices, quiet=as_json)

@@ -104,7 +104,8 @@ def compile(
         without: passes to leave out, to see what they bring: "slice_rows", "merge_linears".
         activations: what the rows are that are multiplied with weights in blocks (of a file, or "int4"): "int8" rounds
             them by blocks of 32, which is faster, "float" does not.
-        kv_dtype: type of the keys and values that generation keeps, "fp32", "bf16" or "fp16"; None: that of the model.
+        kv_dtype: type of the keys and values that generation keeps, "fp32", "bf16", "fp16" or "int8": whole numbers of
+            8 bits, with a scale for each token and head. None: that of the model.
         progress: called as ``progress(done, total, what)`` before each piece of work, whenever something is compiled.
 
     Returns:

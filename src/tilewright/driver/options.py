@@ -10,14 +10,14 @@ from tilewright.errors import OptionError
 from tilewright.passes.pipeline import pipeline
 
 _NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-_KEPT = ("fp32", "bf16", "fp16")
+_KEPT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "opt_level": (0, 1, 2, 3),
     "unpad": ("auto", "on", "off"),
     "target": ("auto", "cpu", "cuda"),
     "gemm": ("auto", "triton", "vendor"),
     "activations": ("int8", "float"),
-    "kv_dtype": (None, *_KEPT, *(_NAMES[name] for name in _KEPT)),
+    "kv_dtype": (None, *_KEPT, *_KEPT.values()),
 }
 QUANTIZED = ("int8", "int4")
 """Weights that are rounded to whole numbers when a model is compiled."""
@@ -79,4 +79,4 @@ class CompileOptions:
     @property
     def pages_dtype(self) -> torch.dtype | None:
         """Element type of the keys and values that generation keeps; None for that of the model."""
-        return _NAMES[self.kv_dtype] if isinstance(self.kv_dtype, str) else self.kv_dtype
+        return _KEPT[self.kv_dtype] if isinstance(self.kv_dtype, str) else self.kv_dtype

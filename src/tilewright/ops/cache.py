@@ -17,8 +17,22 @@ from tilewright.ops.attention import attend_reference, scores_reference
 from tilewright.ops.registry import register
 from tilewright.ops.traits import Flow, Traits
 
+_PAGES = ("key_pages", "value_pages", "key_scales", "value_scales")
+STEPS = 127
+"""Steps of a rounded key or value either side of zero; the largest magnitude of a token and head is that many."""
+LEAST_MAGNITUDE = 1e-30
+"""Stands for the magnitude of a key or value of zeros: its elements stay zero."""
 
-def append_pages_reference(k: Tensor, v: Tensor, key_pages: Tensor, value_pages: Tensor, places: Tensor) -> Tensor:
+
+def append_pages_reference(
+    k: Tensor,
+    v: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    places: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
     """Puts keys and values into pages; operands as of ``attention_paged``.
 
     Returns:
@@ -26,18 +40,26 @@ def append_pages_reference(k: Tensor, v: Tensor, key_pages: Tensor, value_pages:
     """
     slots = value_pages.shape[2]
     page, slot = places.long() // slots, places.long() % slots
+    if key_scales is not None and value_scales is not None:
+        k, key_scales[page, :, slot] = _rounded(k)
+        v, value_scales[page, :, slot] = _rounded(v)
     key_pages[page, :, :, slot] = k.to(key_pages.dtype)
     value_pages[page, :, slot] = v.to(value_pages.dtype)
     return places.new_empty(0)
 
 
-append_pages = torch.library.custom_op(
-    "tilewright::append_pages", append_pages_reference, mutates_args=("key_pages", "value_pages")
-)
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers of steps [T, H, D] and the size of a step [T, H] in fp32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    magnitude = wide.abs().amax(-1).clamp(min=LEAST_MAGNITUDE)
+    return torch.floor(wide * (STEPS / magnitude)[..., None] + 0.5), (magnitude / STEPS).float()
+
+
+append_pages = torch.library.custom_op("tilewright::append_pages", append_pages_reference, mutates_args=_PAGES)
 
 
 @append_pages.register_fake
-def _append_pages_fake(k, v, key_pages, value_pages, places):  # type: ignore[no-untyped-def]
+def _append_pages_fake(k, v, key_pages, value_pages, places, *scales):  # type: ignore[no-untyped-def]
     return places.new_empty(0)
 
 
@@ -55,6 +77,8 @@ def attention_paged_reference(
     scale: float,
     window_left: int,
     softcap: float,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> Tensor:
     """Puts new keys and values into their pages, then causal attention of the queries over all pages of a sequence.
 
@@ -74,13 +98,15 @@ def attention_paged_reference(
         sinks: [Hq] logits that join the softmax without a value.
         scale, softcap: as in ``attention``.
         window_left: greatest distance of a key before its query; -1 for no limit.
+        key_scales, value_scales: [N, Hkv, G] fp32, written. Pages are then int8: whole numbers of steps, each of 1/127
+            of the largest magnitude in the key or value of a token and head.
 
     Returns:
         [Tq, Hq, Dv], contiguous, dtype of q.
     """
     slots = value_pages.shape[2]
     if k is not None and v is not None and places is not None:
-        append_pages_reference(k, v, key_pages, value_pages, places)
+        append_pages_reference(k, v, key_pages, value_pages, places, key_scales, value_scales)
     out = q.new_zeros((q.shape[0], q.shape[1], value_pages.shape[3]))
     offsets = cu_seqlens_q.tolist()
     for sequence, (first, last) in enumerate(itertools.pairwise(offsets)):
@@ -90,8 +116,8 @@ def attention_paged_reference(
         count = int(query.max()) + 1
         table = page_table[sequence, : -(-count // slots)].long()
         keys, values = (
-            pages[table].transpose(0, 1).flatten(1, 2)[None, :, :count].to(q.dtype)
-            for pages in (key_pages.transpose(2, 3), value_pages)
+            _rows_of_pages(pages[table], None if scales is None else scales[table])[None, :, :count].to(q.dtype)
+            for pages, scales in ((key_pages.transpose(2, 3), key_scales), (value_pages, value_scales))
         )
         key = torch.arange(count, device=q.device)
         allowed = key[None] <= query[:, None]
@@ -104,9 +130,14 @@ def attention_paged_reference(
     return out
 
 
-attention_paged = torch.library.custom_op(
-    "tilewright::attention_paged", attention_paged_reference, mutates_args=("key_pages", "value_pages")
-)
+def _rows_of_pages(pages: Tensor, scales: Tensor | None) -> Tensor:
+    """Pages [P, H, G, D] of one sequence, with steps [P, H, G], as its rows [H, P * G, D]."""
+    if scales is not None:
+        pages = pages * scales[..., None]
+    return pages.transpose(0, 1).flatten(1, 2)
+
+
+attention_paged = torch.library.custom_op("tilewright::attention_paged", attention_paged_reference, mutates_args=_PAGES)
 
 
 @attention_paged.register_fake
