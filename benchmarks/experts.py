@@ -11,7 +11,8 @@ Contenders compute the same layer from the same weights and take turns in one pr
 - loop, grouped_mm: transformers' own, which loop over experts, or sort rows and call torch's grouped product.
 
 Each result is compared with the loop's before anything is timed. The last column is how fast our weights are read at
-the least: the experts that have rows, once, over the time.
+the least: the experts that have rows, once, over the time. "int8" and "int4" are our layer with rounded weights, beside
+the others in fp32.
 """
 
 import argparse
@@ -31,6 +32,8 @@ import tilewright
 TARGET = 6.0  # over the one-hot form
 PEERS = ["one-hot", "dropping", "all experts", "loop", "grouped_mm"]
 LEAST_CAPACITY = 4
+ERRORS = {"fp32": 1e-4, "bf16": 3e-2, "int8": 3e-2, "int4": 0.2}  # allowed, relative to the largest result
+STORED_BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 36 / 64}  # of an element of a weight
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -95,7 +98,7 @@ def main() -> None:
     """Prints one table for each element type."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 32, 128, 512])
-    parser.add_argument("--dtypes", nargs="*", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--dtypes", nargs="*", default=["fp32", "bf16"], choices=list(ERRORS))
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--hidden", type=int, default=2048)
@@ -111,11 +114,12 @@ def main() -> None:
     )
     for name in given.dtypes:
         with torch.no_grad():
-            _table(made(config, {"fp32": torch.float32, "bf16": torch.bfloat16}[name]), name, given)
+            _table(made(config, torch.bfloat16 if name == "bf16" else torch.float32), name, given)
 
 
 def _table(block: Any, name: str, given: argparse.Namespace) -> None:
-    ours = tilewright.compile(block, gemm="triton")
+    options = {"dtype": name} if name.startswith("int") else {}
+    ours = tilewright.compile(block, gemm="triton", **options)
     loop = transformers_layer(block, "eager")
     forms = [*(one_hot_layer(block, drops) for drops in (False, True)), all_experts_layer(block)]
     forms += [loop, transformers_layer(block, "grouped_mm")]
@@ -136,13 +140,13 @@ def _table(block: Any, name: str, given: argparse.Namespace) -> None:
                 continue
             # The median over rows: in bf16 scores are often equal, and then the router's choice is anybody's.
             error = (call(x).float() - expected).abs().amax(-1).median() / expected.abs().max()
-            if error > (1e-4 if dtype == torch.float32 else 3e-2):
+            if error > ERRORS[name if key == "ours" or name == "bf16" else "fp32"]:
                 raise SystemExit(f"{key} differs from the loop by {error:.1e} at {tokens} tokens")
         if ours.stats.eager_steps or ours.stats.fallbacks:
             raise SystemExit(f"ours does not run on kernels alone: {ours.reasons}")
         seconds = interleaved({key: partial(call, x) for key, call in calls.items()}, given.rounds)
         used = block.gate(x.flatten(0, 1))[2].unique().numel()
-        read = used * 3 * given.hidden * given.inner * dtype.itemsize
+        read = used * 3 * given.hidden * given.inner * STORED_BYTES[name]
         ratios = {key: seconds[key] / seconds["ours"] for key in peers}
         cells = [f"**{r:.2f}**" if key == "one-hot" and r < TARGET else f"{r:.2f}" for key, r in ratios.items()]
         rate = read / seconds["ours"] / 1e9

@@ -29,8 +29,8 @@ def laid_out_shape(shape: tuple[Size, ...], layout: str) -> tuple[Size, ...]:
         return shape
     if len(shape) == 2 and name == "kn" and not width:
         return (shape[1], shape[0])
-    if len(shape) == 2 and name == "blocks" and has_panels(width) and group.isdigit():
-        return panel_bytes(width, (int(shape[0]), int(shape[1])), int(group))
+    if len(shape) >= 2 and name == "blocks" and has_panels(width) and group.isdigit():
+        return (*shape[:-2], *panel_bytes(width, (int(shape[-2]), int(shape[-1])), int(group)))
     if len(shape) >= 2 and name == "panels" and width.isdigit() and int(width) > 0:
         *outer, n, k = shape
         count = ceil_div(n, int(width))

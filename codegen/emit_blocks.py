@@ -23,6 +23,7 @@ from tilewright.ir.facts import TensorType, fact, where
 from tilewright.ops.block_linear import BLOCK_LINEAR, BLOCK_LINEAR_INT8, ROUNDED_BLOCK
 from tilewright.ops.block_panels import PanelForm, has_panels, panel_form
 from tilewright.ops.blocks import BlockFormat, block_format
+from tilewright.ops.expert_blocks import GROUPED_BLOCK_LINEAR, GROUPED_BLOCK_LINEAR_INT8
 
 PANEL = 64
 """Rows of a panel: four vectors of 16 sums, which hide the latency of the product instruction."""
@@ -30,19 +31,28 @@ PANEL = 64
 
 def is_block_product(node: Node) -> bool:
     """Whether the weight of a product is in a block format."""
-    return node.target in (BLOCK_LINEAR, BLOCK_LINEAR_INT8)
+    return node.target in (BLOCK_LINEAR, BLOCK_LINEAR_INT8, GROUPED_BLOCK_LINEAR, GROUPED_BLOCK_LINEAR_INT8)
 
 
 def multiply_blocks(
-    evaluator: Evaluator, builder: ProgramBuilder, anchor: Node, rows: tuple[Index, ...], k: int, parts: int = 1
+    evaluator: Evaluator,
+    builder: ProgramBuilder,
+    anchor: Node,
+    rows: tuple[Index, ...],
+    k: int,
+    parts: int = 1,
+    place: str = "tl.program_id(1).to(tl.int64)",
+    height: str = "BLOCK_M",
 ) -> None:
     """Writes ``acc``: the tile's rows times one panel.
 
     Args:
-        anchor: a ``block_linear`` or ``block_linear_int8``.
+        anchor: a product for which ``is_block_product``.
         rows: place of the tile's rows along the axes of x but the last.
         k: elements of a row.
         parts: parts of K, of which a program computes the one called ``part``; one is all of K.
+        place: number of the panel among those of the weight, as text in 64 bits.
+        height: name of the constant with the number of the tile's rows.
 
     Raises:
         CodegenError: K has no such parts of whole blocks, the rows are in fp64, the format has no panels, or the
@@ -55,22 +65,21 @@ def multiply_blocks(
     panel = panel_form(form.name)
     writer.reserve("block", "block_ptr", "group", "panel_ptr", "x_block", "numbers", "scale", "minimum", "total")
     panels = _panels(evaluator, builder, anchor, f"blocks:{form.name}:{PANEL}")
-    writer.statement(
-        f"panel_ptr = {panels} + tl.program_id(1).to(tl.int64) * ({k // panel.block * panel.nbytes} * BLOCK_N)"
-    )
-    writer.statement("acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)")
-    rows_of = _Rows(evaluator, anchor, rows, k)
+    writer.statement(f"panel_ptr = {panels} + {place} * ({k // panel.block * panel.nbytes} * BLOCK_N)")
+    writer.statement(f"acc = tl.zeros([{height}, BLOCK_N], tl.float32)")
+    rows_of = _Rows(evaluator, anchor, rows, k, height)
     if fact(given["input"], TensorType).dtype == torch.float64:
         raise CodegenError(
             "products in block formats are computed in fp32, and these rows are fp64", where=where(anchor)
         )
+    rounded = anchor.target in (BLOCK_LINEAR_INT8, GROUPED_BLOCK_LINEAR_INT8)
     begin, end = "0", str(k // panel.block)
     if parts > 1:
         begin, end = define_range(writer, k // panel.block, 1, parts, anchor)
     with writer.block(f"for block in range({begin}, {end}):"):
         writer.statement(f"block_ptr = panel_ptr + block * ({panel.nbytes} * BLOCK_N)")
         with writer.block(f"for group in range(0, {panel.groups}):"):
-            _multiply_group(rows_of, form, panel, rounded=anchor.target is BLOCK_LINEAR_INT8)
+            _multiply_group(rows_of, form, panel, rounded)
 
 
 def _multiply_group(rows: "_Rows", form: BlockFormat, panel: PanelForm, rounded: bool) -> None:
@@ -110,9 +119,10 @@ class _Rows:
     anchor: Node
     rows: tuple[Index, ...]
     k: int
+    height: str
 
     def elements(self, start: str, size: int, rounded: bool) -> str:
-        """``size`` elements from ``start`` on, [BLOCK_M, size], int8 or fp32."""
+        """``size`` elements from ``start`` on, [height, size], int8 or fp32."""
         node, writer = arguments(self.anchor)["input"], self.evaluator.writer
         writer.column_names[self.k] = "ks"
         column = define_columns(writer, "ks", self.k, size, start, masked=False)
@@ -120,10 +130,10 @@ class _Rows:
         value = self.evaluator.raw(node, index, torch.int8) if rounded else self.evaluator.number(node, index)
         if writer.axes(value.deps) == {0, 1}:
             return value.text
-        return writer.emit(value.text, f"tl.broadcast_to({value.text}, [BLOCK_M, BLOCK_KS])", value.deps)
+        return writer.emit(value.text, f"tl.broadcast_to({value.text}, [{self.height}, BLOCK_KS])", value.deps)
 
     def scales(self, block: str) -> tuple[str, str]:
-        """Scale and sum of each row's block, [BLOCK_M, 1]; no sum where the format has no use for it."""
+        """Scale and sum of each row's block, [height, 1]; no sum where the format has no use for it."""
         given, writer = arguments(self.anchor), self.evaluator.writer
         writer.statement(f"x_block = {block}")
         place = writer.define(Var("x_block", self.k // ROUNDED_BLOCK))

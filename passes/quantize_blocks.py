@@ -11,7 +11,10 @@ from tilewright.ir.graph import Level, get_tensor
 from tilewright.ir.layout import Layout
 from tilewright.ops.block_linear import BLOCK_LINEAR
 from tilewright.ops.blocks import block_format, quantize
+from tilewright.ops.expert_blocks import GROUPED_BLOCK_LINEAR
+from tilewright.ops.experts import GROUPED_LINEAR
 from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.quantize_router import why_router
 from tilewright.passes.rewrite import Rewriter, argument, erase_dead, is_call, operand
 
 aten = torch.ops.aten
@@ -20,7 +23,7 @@ _LEAST = 32  # a weight of fewer rows gains nothing
 
 @dataclass(frozen=True)
 class QuantizeBlocks(Pass):
-    """Turns linears with a constant weight into ``tilewright::block_linear``.
+    """Turns linears with a constant weight into ``tilewright::block_linear``, and products of experts likewise.
 
     Attributes:
         format: a format of ``tilewright.ops.blocks`` that weights are quantized to.
@@ -34,22 +37,24 @@ class QuantizeBlocks(Pass):
     def run(self, gm: GraphModule) -> PassResult:
         """Rewrites ``gm`` in place."""
         rw, made, reasons = Rewriter(gm, self.name), {}, {}
-        linears = [node for node in gm.graph.nodes if is_call(node, aten.linear.default)]
-        for node in linears:
-            why = self._why_not(gm, node)
+        products = [node for node in gm.graph.nodes if is_call(node, aten.linear.default, GROUPED_LINEAR)]
+        for node in products:
+            why = why_router(node) or self._why_not(gm, node)
             if why is not None:
                 reasons[node.name] = why
                 continue
             weight = operand(node, 1)
             if weight not in made:
                 made[weight] = self._stored(rw, weight)
-            product = rw.call(
-                node, BLOCK_LINEAR, operand(node), made[weight], argument(node, 2, "bias"), self.format,
-                type=fact(node, TensorType),
-            )  # fmt: skip
+            if is_call(node, GROUPED_LINEAR):
+                target, rest = GROUPED_BLOCK_LINEAR, node.args[2:]
+            else:
+                target, rest = BLOCK_LINEAR, (argument(node, 2, "bias"),)
+            type_ = fact(node, TensorType)
+            product = rw.call(node, target, operand(node), made[weight], *rest, self.format, type=type_)
             set_fact(product, fact(node, Layout))
             rw.replace(node, product)
-        count = len(linears) - len(reasons)
+        count = len(products) - len(reasons)
         if count:
             erase_dead(gm)
             gm.recompile()
@@ -59,7 +64,7 @@ class QuantizeBlocks(Pass):
         weight = operand(node, 1)
         if weight.op != "get_attr":
             return f"its weight '{weight.name}' is computed"
-        n, k = (int(size) for size in fact(weight, TensorType).shape)
+        n, k = (int(size) for size in fact(weight, TensorType).shape[-2:])
         block = block_format(self.format).block
         if k % block:
             return f"its rows of {k} elements do not divide into blocks of {block}"
@@ -73,7 +78,9 @@ class QuantizeBlocks(Pass):
         return None
 
     def _stored(self, rw: Rewriter, weight: Node) -> Node:
-        data = rw.constant(weight, quantize(self.format, get_tensor(rw.gm, weight)), self.format)
+        elements = get_tensor(rw.gm, weight)
+        rows = quantize(self.format, elements.flatten(0, -2))
+        data = rw.constant(weight, rows.view(*elements.shape[:-1], rows.shape[-1]), self.format)
         layout = find_fact(weight, Layout)
         if layout is not None:
             set_fact(data, layout)

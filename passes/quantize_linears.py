@@ -15,8 +15,11 @@ from torch.fx import GraphModule, Node
 from tilewright.ir.facts import TensorType, copy_origin, fact, set_fact
 from tilewright.ir.graph import Level, get_tensor
 from tilewright.ir.layout import Layout, LayoutKind
+from tilewright.ops.expert_blocks import GROUPED_INT8_LINEAR
+from tilewright.ops.experts import GROUPED_LINEAR
 from tilewright.ops.quantization import INT8_LINEAR
 from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.quantize_router import why_router
 from tilewright.passes.rewrite import Rewriter, argument, erase_dead, is_call, operand
 
 aten = torch.ops.aten
@@ -31,8 +34,10 @@ _TINY = 1e-30  # stands for the magnitude of a row of zeros: its elements stay z
 class QuantizeLinears(Pass):
     """Turns linears with a constant weight into ``tilewright::int8_linear``, with the roundings and scales around it.
 
-    A linear stays in floating point, with the reason, where its weight is computed, is no finite matrix, or is so small
-    that nothing is gained. What is read by several linears is rounded once.
+    Products of experts become ``tilewright::grouped_int8_linear``, which has the scales of weights in it, as each row
+    chooses its own. A linear stays in floating point, with the reason, where its weight is computed, is no finite
+    matrix, or is so small that nothing is gained, and where it chooses experts. What is read by several linears is
+    rounded once.
     """
 
     name: ClassVar[str] = "quantize_linears"
@@ -44,8 +49,8 @@ class QuantizeLinears(Pass):
         quantizer = _Quantizer(Rewriter(gm, self.name))
         reasons: dict[str, str] = {}
         counts: Counter[str] = Counter()
-        for node in [node for node in gm.graph.nodes if is_call(node, aten.linear.default)]:
-            why = _why_not(gm, node)
+        for node in [node for node in gm.graph.nodes if is_call(node, aten.linear.default, GROUPED_LINEAR)]:
+            why = why_router(node) or _why_not(gm, node)
             if why is None:
                 quantizer.quantize(node)
             else:
@@ -61,7 +66,7 @@ def _why_not(gm: GraphModule, node: Node) -> str | None:
     weight = operand(node, 1)
     if weight.op != "get_attr":
         return f"its weight '{weight.name}' is computed"
-    n, k = (int(size) for size in fact(weight, TensorType).shape)
+    n, k = (int(size) for size in fact(weight, TensorType).shape[-2:])
     if n < _LEAST or k < _LEAST:
         return f"its weight [{n}, {k}] is small: rounding the rows would cost more than it saves"
     if k % _GROUP:
@@ -89,10 +94,13 @@ class _Quantizer:
             set_fact(made, replace(layout, pad_value=None))
             return made
 
-        whole = call(INT8_LINEAR, TensorType(shape, torch.int32), rows, weight)
-        result = call(aten.mul.Tensor, wide, call(CONVERT, wide, whole, torch.float32), scale)
-        result = call(aten.mul.Tensor, wide, result, weight_scale)
-        bias = argument(node, 2, "bias")
+        if is_call(node, GROUPED_LINEAR):
+            result = call(GROUPED_INT8_LINEAR, wide, rows, weight, *node.args[2:], weight_scale)
+            result, bias = call(aten.mul.Tensor, wide, result, scale), None
+        else:
+            whole = call(INT8_LINEAR, TensorType(shape, torch.int32), rows, weight)
+            result = call(aten.mul.Tensor, wide, call(CONVERT, wide, whole, torch.float32), scale)
+            result, bias = call(aten.mul.Tensor, wide, result, weight_scale), argument(node, 2, "bias")
         if isinstance(bias, Node):
             if fact(bias, TensorType).dtype != torch.float32:
                 own = fact(bias, Layout)
@@ -128,12 +136,12 @@ class _Quantizer:
         return self.rounded[x]
 
     def _weight(self, node: Node) -> tuple[Node, Node]:
-        """The weight as int8 [N, K], and the scale of each output channel in fp32 [N]."""
+        """The weight as int8 [.., N, K], and the scale of each output channel in fp32 [.., N]."""
         weight = operand(node, 1)
         if weight not in self.weights:
             values = get_tensor(self.rw.gm, weight).detach().float()
-            scale = values.abs().amax(dim=1) / STEPS
-            rounded = (values / scale.clamp(min=_TINY)[:, None]).round().to(torch.int8)
+            scale = values.abs().amax(dim=-1) / STEPS
+            rounded = (values / scale.clamp(min=_TINY)[..., None]).round().to(torch.int8)
             made = self.rw.constant(weight, rounded, "int8"), self.rw.constant(weight, scale, "int8_scale")
             for part in made:
                 set_fact(part, Layout(LayoutKind.FREE))

@@ -16,8 +16,9 @@ from tilewright.ir.layout import Layout
 from tilewright.ops.block_linear import BLOCK_LINEAR, BLOCK_LINEAR_INT8, ROUNDED_BLOCK
 from tilewright.ops.block_panels import has_panels
 from tilewright.ops.blocks import block_format
+from tilewright.ops.expert_blocks import GROUPED_BLOCK_LINEAR, GROUPED_BLOCK_LINEAR_INT8
 from tilewright.passes.base import Pass, PassResult
-from tilewright.passes.rewrite import Rewriter, argument, erase_dead, is_call, operand
+from tilewright.passes.rewrite import Rewriter, erase_dead, is_call, operand
 
 aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
@@ -27,7 +28,7 @@ _TINY = 1e-30  # stands for the magnitude of a block of zeros: its elements stay
 
 @dataclass(frozen=True)
 class RoundRows(Pass):
-    """Turns ``block_linear`` into ``block_linear_int8`` with the rounding of its rows in front.
+    """Turns ``block_linear`` into ``block_linear_int8`` with the rounding of its rows in front, of experts likewise.
 
     A product stays in floating point, with the reason, where its format has no whole numbers in blocks along K.
     """
@@ -39,9 +40,9 @@ class RoundRows(Pass):
     def run(self, gm: GraphModule) -> PassResult:
         """Rewrites ``gm`` in place."""
         rounder, reasons = _Rounder(Rewriter(gm, self.name)), {}
-        products = [node for node in gm.graph.nodes if is_call(node, BLOCK_LINEAR)]
+        products = [node for node in gm.graph.nodes if is_call(node, BLOCK_LINEAR, GROUPED_BLOCK_LINEAR)]
         for node in products:
-            name = str(argument(node, 3, "format"))
+            name = str(node.args[-1])
             if has_panels(name):
                 rounder.replace(node, name)
             else:
@@ -75,12 +76,10 @@ class _Rounder:
             self.rounded[x] = self._round(x, node)
         rows = self.rounded[x]
         sums = self._sums(x, node) if block_format(name).has_minimums else None
-        bias = argument(node, 2, "bias")
+        target = GROUPED_BLOCK_LINEAR_INT8 if is_call(node, GROUPED_BLOCK_LINEAR) else BLOCK_LINEAR_INT8
         wide = TensorType(kind.shape, torch.float32)
         layout = replace(fact(node, Layout), pad_value=None)
-        result = self.rw.call(
-            node, BLOCK_LINEAR_INT8, rows.values, operand(node, 1), bias, name, rows.scales, sums, type=wide
-        )
+        result = self.rw.call(node, target, rows.values, *node.args[1:], rows.scales, sums, type=wide)
         set_fact(result, layout)
         if kind.dtype != torch.float32:
             result = self.rw.call(node, CONVERT, result, kind.dtype, type=kind)

@@ -10,16 +10,20 @@ from torch.fx import GraphModule, Node
 from tilewright.ir.facts import TensorType, TupleType, copy_origin, fact, set_fact
 from tilewright.ir.graph import Level
 from tilewright.ir.layout import Layout, LayoutKind
+from tilewright.ops.expert_blocks import EXPERT_BLOCK_LINEAR, GROUPED_BLOCK_LINEAR
 from tilewright.ops.experts import EXPERT_LINEAR, GROUPED_LINEAR, ROUTE
 from tilewright.passes.base import Pass, PassResult
-from tilewright.passes.rewrite import Rewriter, is_call, operand
+from tilewright.passes.rewrite import Rewriter, operand
 
 _TABLE = Layout(LayoutKind.TABLE)
+_GROUPED = {EXPERT_LINEAR: GROUPED_LINEAR, EXPERT_BLOCK_LINEAR: GROUPED_BLOCK_LINEAR}
 
 
 @dataclass(frozen=True)
 class RouteExperts(Pass):
-    """Turns ``expert_linear`` into ``grouped_linear``. Products of rows with the same experts share one table. Exact.
+    """Turns ``expert_linear`` into ``grouped_linear``, and that with weights in blocks likewise. Exact.
+
+    Products of rows with the same experts share one table.
 
     Until here a product of experts works row by row, so it packs like any other row-wise op. From here on its kernel
     goes expert by expert: it reads each weight once, and those of experts without a row not at all.
@@ -33,13 +37,15 @@ class RouteExperts(Pass):
         """Rewrites ``gm`` in place."""
         rw = Rewriter(gm, self.name)
         tables: dict[tuple[Node, int], tuple[Node, Node]] = {}
-        found = [node for node in gm.graph.nodes if is_call(node, EXPERT_LINEAR)]
+        found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _GROUPED]
         for node in found:
             x, weight, experts = (operand(node, place) for place in range(3))
             key = experts, int(fact(weight, TensorType).shape[0])
             if key not in tables:
                 tables[key] = _route(rw, node, *key)
-            made = rw.call(node, GROUPED_LINEAR, x, weight, experts, *tables[key], type=fact(node, TensorType))
+            rest = node.args[3:]  # the format of a weight in blocks
+            type_ = fact(node, TensorType)
+            made = rw.call(node, _GROUPED[node.target], x, weight, experts, *tables[key], *rest, type=type_)
             set_fact(made, fact(node, Layout))
             rw.replace(node, made)
         gm.recompile()

@@ -14,6 +14,8 @@ from tilewright.ir.graph import Level
 from tilewright.ir.stored_weight import StoredParameter, StoredWeight
 from tilewright.ops.block_linear import BLOCK_EMBEDDING, BLOCK_LINEAR
 from tilewright.ops.blocks import block_format, dequantize
+from tilewright.ops.expert_blocks import EXPERT_BLOCK_LINEAR
+from tilewright.ops.experts import EXPERT_LINEAR
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.rewrite import Rewriter, argument, erase_dead, is_call, operand
 
@@ -25,10 +27,10 @@ CONVERT = torch.ops.prims.convert_element_type.default
 class StoreBlocks(Pass):
     """Gives attributes of the graph the contents that a file stores for them.
 
-    A linear becomes ``tilewright::block_linear`` and an embedding ``tilewright::block_embedding``: their bytes are
-    shared with the file. A linear whose weight has parts in different formats becomes one product for each. Numbers
-    (F32, F16, BF16) are shared where they have the graph's type. For any other use the weight is widened once, with the
-    reason.
+    A linear becomes ``tilewright::block_linear``, a product of experts ``tilewright::expert_block_linear`` and an
+    embedding ``tilewright::block_embedding``: their bytes are shared with the file. A product whose weight has parts in
+    different formats becomes one for each. Numbers (F32, F16, BF16) are shared where they have the graph's type. For
+    any other use the weight is widened once, with the reason.
 
     Attributes:
         stored: what the attributes of that name are; the graph's own tensors of these names are not read.
@@ -60,7 +62,7 @@ class _Store:
     def replace(self, weight: Node, stored: StoredParameter) -> None:
         """Replaces all uses of one attribute."""
         parts = _joined(stored.parts)
-        in_blocks = all(block_format(part.format).decode is not None and len(part.shape) == 2 for part in parts)
+        in_blocks = all(block_format(part.format).decode is not None for part in parts)
         rest = "" if in_blocks else _why_numbers(parts)
         for user in list(weight.users) if in_blocks else ():
             turned = is_call(user, aten.permute.default) and stored.transposed
@@ -73,7 +75,7 @@ class _Store:
 
     def _use(self, node: Node, source: Node, upright: bool, weight: Node, parts: tuple[StoredWeight, ...]) -> str:
         """Replaces one reader, or says why not; ``source`` is [N, K] if ``upright``."""
-        if upright and is_call(node, aten.linear.default) and operand(node, 1) is source:
+        if upright and is_call(node, aten.linear.default, EXPERT_LINEAR) and operand(node, 1) is source:
             self._linear(node, weight, parts)
             return ""
         if upright and is_call(node, aten.embedding.default) and operand(node) is source and len(parts) == 1:
@@ -82,21 +84,23 @@ class _Store:
         return f"'{node.name}' has no form that reads blocks"
 
     def _linear(self, node: Node, weight: Node, parts: tuple[StoredWeight, ...]) -> None:
-        kind, bias = fact(node, TensorType), argument(node, 2, "bias")
+        kind, experts = fact(node, TensorType), is_call(node, EXPERT_LINEAR)
+        target = EXPERT_BLOCK_LINEAR if experts else BLOCK_LINEAR
+        third = operand(node, 2) if experts else argument(node, 2, "bias")
         products, first = [], 0
         for place, part in enumerate(parts):
-            own, n = bias, part.shape[0]
-            if isinstance(bias, Node) and len(parts) > 1:
-                own = self.rw.call(node, aten.slice.Tensor, bias, 0, first, first + n)
+            own, n = third, part.shape[-2]
+            if isinstance(third, Node) and not experts and len(parts) > 1:
+                own = self.rw.call(node, aten.slice.Tensor, third, 0, first, first + n)
             data = self._data(weight, place, part.data)
             type_ = TensorType((*kind.shape[:-1], n), kind.dtype)
-            products.append(self.rw.call(node, BLOCK_LINEAR, operand(node), data, own, part.format, type=type_))
+            products.append(self.rw.call(node, target, operand(node), data, own, part.format, type=type_))
             first += n
         result = products[0]
         if len(products) > 1:
             result = self.rw.call(node, aten.cat.default, products, len(kind.shape) - 1, type=kind)
         self.rw.replace(node, result)
-        self.counts["linear"] += 1
+        self.counts["experts" if experts else "linear"] += 1
 
     def _embedding(self, node: Node, weight: Node, part: StoredWeight) -> None:
         kind = fact(node, TensorType)
@@ -138,8 +142,6 @@ def _joined(parts: tuple[StoredWeight, ...]) -> tuple[StoredWeight, ...]:
 
 
 def _why_numbers(parts: tuple[StoredWeight, ...]) -> str:
-    if any(len(part.shape) != 2 for part in parts):
-        return "it is a stack of matrices"
     return f"its elements are numbers in {', '.join(dict.fromkeys(part.format for part in parts))}"
 
 

@@ -57,6 +57,9 @@ MOVED = AxisRead(Access.MOVED)
 LOOKED_UP = AxisRead(Access.LOOKED_UP)
 
 
+_WEIGHT = 1  # position of the weight of products of experts
+
+
 def same(axis: int) -> AxisRead:
     """Read at the index of the result's ``axis``."""
     return AxisRead(Access.SAME, axis)
@@ -153,15 +156,22 @@ def _contract(node: Node) -> list[OperandRead]:
 
 
 def _grouped(node: Node) -> list[OperandRead]:
-    x, weight, experts, *tables = _operands(node)
-    last = len(_shape(node)) - 1
-    rows = _broadcast(x, (*_shape(node)[:last], _shape(x)[-1]))
-    return [
-        OperandRead(x, (*rows.axes[:last], WHOLE)),
-        OperandRead(weight, (LOOKED_UP, same(last), WHOLE)),
-        OperandRead(experts, tuple(map(same, range(last)))),
-        *(OperandRead(table, (LOOKED_UP,) * len(_shape(table))) for table in tables),
-    ]
+    shape, rows = _shape(node), traits_of(node.target).row_args
+    last = len(shape) - 1
+    reads = []
+    for place, operand in enumerate(node.args):
+        if not isinstance(operand, Node):
+            continue
+        own = _shape(operand)
+        if place == _WEIGHT:
+            reads.append(OperandRead(operand, (LOOKED_UP, same(last), WHOLE)))
+        elif place not in rows:  # tables of the rows, and what each expert has besides its weight
+            reads.append(OperandRead(operand, (LOOKED_UP,) * len(own)))
+        elif len(own) == last:
+            reads.append(OperandRead(operand, tuple(map(same, range(last)))))
+        else:
+            reads.append(OperandRead(operand, (*_broadcast(operand, (*shape[:last], own[-1])).axes[:last], WHOLE)))
+    return reads
 
 
 def _gather(node: Node) -> list[OperandRead]:

@@ -86,11 +86,8 @@ def lay_out(tensor: Tensor, layout: str, name: str = "") -> LoadedWeight:
             return _panels(tensor, int(width), 1).squeeze(-1)
         if group.isdigit() and int(group) > 0 and tensor.shape[-1] % int(group) == 0:
             return _panels(tensor, int(width), int(group))
-    if tensor.dim() == 2 and kind == "blocks" and has_panels(width) and group.isdigit():
-        panels = panel_bytes(width, (tensor.shape[0], tensor.shape[1]), int(group))
-        laid_out = empty_bytes(math.prod(panels)).view(panels)
-        to_panels(width, tensor, int(group), laid_out)
-        return laid_out
+    if tensor.dim() >= 2 and kind == "blocks" and has_panels(width) and group.isdigit():
+        return _block_panels(tensor, width, int(group))
     if tensor.dim() == 2 and kind == "vendor" and not width:
         return _pack(tensor) if vendor_packs(tensor.dtype) else lay_out(tensor, "as_is", name)
     raise TilewrightError(
@@ -106,6 +103,16 @@ def _pack(tensor: Tensor) -> PackedLinear:
     # torch builds without oneDNN have no such ops, so they are looked up when they are needed.
     ops = torch.ops.mkldnn
     return PackedLinear(ops._reorder_linear_weight.default(tensor), ops._linear_pointwise.default)
+
+
+def _block_panels(tensor: Tensor, form: str, width: int) -> Tensor:
+    """Rows of bytes [.., N, bytes] in panels of ``width`` rows, in large pages."""
+    *outer, n, row = tensor.shape
+    panels = panel_bytes(form, (n, row), width)
+    laid_out = empty_bytes(math.prod(outer) * math.prod(panels)).view(-1, *panels)
+    for matrix, out in zip(tensor.reshape(-1, n, row), laid_out, strict=True):
+        to_panels(form, matrix, width, out)
+    return laid_out.view(*outer, *panels)
 
 
 def _panels(tensor: Tensor, width: int, group: int) -> Tensor:

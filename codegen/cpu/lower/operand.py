@@ -21,7 +21,7 @@ from tilewright.codegen.cpu.lower.prefetch import is_stream
 from tilewright.codegen.cpu.lower.tiles import materialize
 from tilewright.codegen.cpu.lower.wrap import unwrapping, wraps
 from tilewright.codegen.cpu.ttir.plan import grouped_source
-from tilewright.codegen.cpu.ttir.records import I32, Elem, Op, Type, Value
+from tilewright.codegen.cpu.ttir.records import I8, I32, Elem, Op, Type, Value
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _copied_rows(ctx: Context, value: Value) -> Tile:
         assume(ctx, parts, point, full, 1)
         ctx.write(buffer, point, ctx.value(value, point))
 
-    nest(ctx, value.shape, 1, body, bounds_of(ctx, parts))
+    with ctx.vectors_of(4 * ctx.width if value.elem == I8 else ctx.width):
+        nest(ctx, value.shape, 1, body, bounds_of(ctx, parts))
     return Tile(buffer.ptr, str(value.shape[1]), False, value.elem)
 
 

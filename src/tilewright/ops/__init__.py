@@ -9,6 +9,7 @@ from tilewright.ops import block_linear as block_linear
 from tilewright.ops import cache as cache
 from tilewright.ops import columns as columns
 from tilewright.ops import cross_attention as cross_attention
+from tilewright.ops import expert_blocks as expert_blocks
 from tilewright.ops import experts as experts
 from tilewright.ops import head_linear as head_linear
 from tilewright.ops import packing as packing
