@@ -41,12 +41,13 @@ def random_ids(generator: torch.Generator, *lengths: int) -> list[Tensor]:
     return [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
 
 
-def test_one_pool_serves_tokens_and_sources() -> None:
+@pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.02), ("int8", 0.03)], ids=["bf16", "int8"])
+def test_one_pool_serves_tokens_and_sources(kind: str, bound: float) -> None:
     model = build("bart", seed=0)
-    compiled = steps_of(model, kv_dtype="bf16")
+    compiled = steps_of(model, kv_dtype=kind)
     pool = compiled.make_pages(4)
-    assert len(pool.tensors) == 2 * model.config.decoder_layers
-    assert {tensor.dtype for tensor in pool.tensors} == {torch.bfloat16}
+    kinds = {"bf16": [torch.bfloat16] * 2, "int8": [torch.int8] * 2 + [torch.float32] * 2}  # the latter are scales
+    assert [tensor.dtype for tensor in pool.tensors] == kinds[kind] * model.config.decoder_layers
     tokens, source = random_ids(torch.Generator().manual_seed(2), 7, 12)
     table = torch.tensor([[3, 1]], dtype=torch.int32)
     read(compiled, pool, [source], table)
@@ -58,7 +59,7 @@ def test_one_pool_serves_tokens_and_sources() -> None:
     with torch.no_grad():
         wide = in_double(model)(input_ids=source[None], decoder_input_ids=tokens[None]).logits[0]
     # Keys and values keep 8 bits: the error is that of rounding them, and not that of another token.
-    assert float((found - wide).abs().max()) < 0.02 * float(wide.abs().max())
+    assert float((found - wide).abs().max()) < bound * float(wide.abs().max())
 
 
 class PeekingBart(BartForConditionalGeneration):
