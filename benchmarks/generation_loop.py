@@ -1,14 +1,12 @@
 """What generation costs outside of the model: time of a decoding step whose model does nothing.
 
-Prints for each number of sequences and vocabulary the milliseconds of a step that chooses the largest logits, of one
-that draws with top-k 64 and top-p 0.95, of the same with transformers' processors on the whole vocabulary, and of a
-step of transformers' own loop over the same model.
+Prints for each number of sequences and vocabulary the milliseconds of a step that chooses the largest logits, and of
+steps that draw, beside steps of transformers' own loop over the same model.
 """
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +21,12 @@ from tilewright.runtime.sampling import Sampling
 
 PROMPT = 2000
 STEPS = 60
+DRAWN: dict[str, dict[str, Any]] = {
+    "top-k 64, top-p 0.95": {"top_k": 64, "top_p": 0.95},
+    "temperature 0.8": {"temperature": 0.8, "top_k": 0},
+    "top-p 0.95": {"top_k": 0, "top_p": 0.95},
+    "min-p 0.05": {"top_k": 0, "min_p": 0.05},
+}
 _Mixin: Any = GenerationMixin
 
 
@@ -107,12 +111,12 @@ def transformers_step(model: Nothing, sequences: int, **options: Any) -> float:
     return statistics.median(b - a for a, b in zip(loop.times, loop.times[1:], strict=False))
 
 
-def drawing(model: Nothing, gather: Callable[[Sequence[Any]], Sequence[Any]]) -> Sampling:
-    """Top-k 64 and top-p 0.95, drawn."""
-    config = GenerationConfig(do_sample=True, top_k=64, top_p=0.95)
+def drawing(model: Nothing, options: dict[str, float]) -> Sampling:
+    """How tokens are drawn with these options."""
+    config = GenerationConfig(do_sample=True, **options)
     config.update(**config._get_default_generation_params(), defaults_only=True)
     config._eos_token_tensor = None
-    return Sampling(tuple(gather(TransformersLoop(model)._get_logits_processor(config))), do_sample=True)
+    return Sampling(on_candidates(TransformersLoop(model)._get_logits_processor(config)), do_sample=True)
 
 
 def main() -> None:
@@ -121,21 +125,18 @@ def main() -> None:
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32_000, 262_144])
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8])
     chosen = parser.parse_args()
-    print(
-        "| vocabulary | sequences | largest | drawn | on the whole vocabulary | transformers' loop, largest | drawn |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| vocabulary | sequences | largest |" + "".join(f" {name} |" for name in DRAWN))
+    print("| --- | --- | --- |" + " --- |" * len(DRAWN))
     for vocabulary in chosen.vocabularies:
         for sequences in chosen.sequences:
             model = Nothing(vocabulary, sequences)
-            seconds = [
-                engine_step(model, sequences, Sampling()),
-                engine_step(model, sequences, drawing(model, on_candidates)),
-                engine_step(model, sequences, drawing(model, tuple)),
-                transformers_step(model, sequences, do_sample=False),
-                transformers_step(model, sequences, do_sample=True, top_k=64, top_p=0.95),
-            ]
-            print(f"| {vocabulary:,} | {sequences} | " + " | ".join(f"{1e3 * each:.2f}" for each in seconds) + " |")
+            ours = [engine_step(model, sequences, Sampling())]
+            theirs = [transformers_step(model, sequences, do_sample=False)]
+            for options in DRAWN.values():
+                ours.append(engine_step(model, sequences, drawing(model, options)))
+                theirs.append(transformers_step(model, sequences, do_sample=True, **options))
+            cells = [f"{1e3 * a:.2f} / {1e3 * b:.2f}" for a, b in zip(ours, theirs, strict=True)]
+            print(f"| {vocabulary:,} | {sequences} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tilewright.runtime.request import Request
-from tilewright.runtime.sampling import draw, largest
+from tilewright.runtime.sampling import Candidates, draw, largest
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _take(turn: Turn, token: int | Exception, logits: Tensor, best: Sequence[int
 def _first_tokens(turns: Sequence[Turn], logits: Tensor, best: Sequence[int]) -> list[int | Exception]:
     """A token for each turn; those that are drawn with one generator are drawn together, as transformers does."""
     tokens: list[int | Exception] = [best[turn.row] for turn in turns]
-    drawn: dict[torch.Generator | None, list[tuple[int, Tensor]]] = {}
+    drawn: dict[torch.Generator | None, list[tuple[int, Candidates | Tensor]]] = {}
     for index, turn in enumerate(turns):
         options = turn.request.options
         if options.sampling.plain and not (options.keep_logits or options.keep_scores):
@@ -75,19 +75,23 @@ def _first_tokens(turns: Sequence[Turn], logits: Tensor, best: Sequence[int]) ->
         if options.sampling.do_sample:
             drawn.setdefault(options.sampling.generator, []).append((index, scores))
         else:
+            assert isinstance(scores, Tensor)
             tokens[index] = largest(scores)[0]
     for generator, group in drawn.items():
-        for (index, _), token in zip(group, _draw([scores for _, scores in group], generator), strict=True):
+        made = _draw([scores for _, scores in group], logits.shape[1], generator)
+        for (index, _), token in zip(group, made, strict=True):
             tokens[index] = token
     return tokens
 
 
-def _draw(scores: Sequence[Tensor], generator: torch.Generator | None) -> Sequence[int | Exception]:
-    """One token for each [1, V]; scores that are no distribution (NaN, nothing left) are an error of their own."""
+def _draw(
+    rows: Sequence[Candidates | Tensor], vocab_size: int, generator: torch.Generator | None
+) -> Sequence[int | Exception]:
+    """One token for each row; scores that are no distribution (NaN, nothing left) are an error of their own."""
     try:
-        return draw(torch.cat(list(scores)), generator)
+        return draw(rows, vocab_size, generator)
     except RuntimeError as error:
-        return [error] if len(scores) == 1 else [_draw([each], generator)[0] for each in scores]
+        return [error] if len(rows) == 1 else [_draw([each], vocab_size, generator)[0] for each in rows]
 
 
 def _one_token(request: Request, logits: Tensor, best: Sequence[int], row: int) -> int | Exception:
@@ -96,20 +100,27 @@ def _one_token(request: Request, logits: Tensor, best: Sequence[int], row: int) 
         return best[row]
     try:
         scores = _scores(request, logits[row : row + 1], shared=False)
-        return draw(scores, options.sampling.generator)[0] if options.sampling.do_sample else largest(scores)[0]
+        if options.sampling.do_sample:
+            return draw([scores], logits.shape[1], options.sampling.generator)[0]
+        assert isinstance(scores, Tensor)
+        return largest(scores)[0]
     except Exception as error:
         return error
 
 
-def _scores(request: Request, logits: Tensor, shared: bool) -> Tensor:
+def _scores(request: Request, logits: Tensor, shared: bool) -> Candidates | Tensor:
     """Scores [1, V] of logits [1, V], both recorded if the request keeps them; processors may work in place.
 
-    They are recorded in the place of the next token: an interruption may have left others there.
+    Where nobody keeps them, candidates are enough to draw among. They are recorded in the place of the next token: an
+    interruption may have left others there.
     """
     options, place = request.options, request.made
     if options.keep_logits:
         request.logits[place:] = [logits[0].clone()]
-    scores = options.sampling.process(request.input_ids, logits.clone() if shared else logits)
+    given = logits.clone() if shared else logits
+    if options.sampling.do_sample and not options.keep_scores:
+        return options.sampling.candidates(request.input_ids, given)
+    scores = options.sampling.process(request.input_ids, given)
     if options.keep_scores:
         request.scores[place:] = [scores[0].clone()]
     return scores
