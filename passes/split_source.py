@@ -23,7 +23,9 @@ from tilewright.passes.rewrite import erase_dead
 aten = torch.ops.aten
 ATTENTION = torch.ops.tilewright.attention.default
 _WHAT = "the model cannot be cut into source and target"
-_KEYS, _VALUES, _VALID = 1, 2, 3  # places among the arguments of attention
+_KEYS, _VALUES = 1, 2  # places among the arguments of attention
+_SOURCE, _TARGET = "source", "target"
+_Domains = dict[Node, frozenset[str]]
 
 
 @dataclass(frozen=True)
@@ -57,21 +59,17 @@ class SplitSource(Pass):
         crossing = _cross_attentions(gm, domains)
         if not crossing:
             raise CacheRefused(_WHAT, why="no attention of its decoder reads keys of its encoder")
-        if self.keep == "source":
+        if self.keep == _SOURCE:
             _keep_source(gm, crossing)
         else:
             _keep_target(gm, crossing, domains)
-        kept = [spec for spec in info(gm).inputs if (spec.name in self.source) == (self.keep == "source")]
-        if self.keep == "target":
+        kept = [spec for spec in info(gm).inputs if (spec.name in self.source) == (self.keep == _SOURCE)]
+        if self.keep == _TARGET:
             kept += [spec for spec in info(gm).inputs if spec.name in self.source and _reads(gm, spec.name)]
         _erase_other_inputs(gm, kept)
         gm.graph.lint()
         gm.recompile()
         return PassResult(gm, changed=True, counts={"cross attention": len(crossing)})
-
-
-_SOURCE, _TARGET = "source", "target"
-_Domains = dict[Node, frozenset[str]]
 
 
 def _domains(gm: GraphModule, source: Sequence[str]) -> _Domains:
