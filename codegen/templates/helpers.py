@@ -80,3 +80,26 @@ def clamp(x, low: tl.constexpr, high: tl.constexpr):
     if high is not None:
         result = tl.where(result > high, high, result)
     return result
+
+
+@triton.jit
+def expm1(x):
+    # Kahan: what rounding e^x to u loses is lost in log(u) too, so their quotient is right near 0.
+    u = tl.exp(x)
+    near = (u - 1.0) * x / tl.log(u)
+    return tl.where(u == 1.0, x, tl.where(tl.abs(x) < 1.0, near, u - 1.0))
+
+
+@triton.jit
+def log1p(x):
+    # Likewise, with 1 + x rounded to u.
+    u = 1.0 + x
+    near = tl.log(u) * x / (u - 1.0)
+    return tl.where(u == 1.0, x, tl.where(tl.abs(x) < 1.0, near, tl.log(u)))
+
+
+@triton.jit
+def softplus(x, beta: tl.constexpr, threshold: tl.constexpr):
+    # Above the threshold torch returns x itself, which keeps the exponential finite.
+    scaled = x * beta
+    return tl.where(scaled > threshold, x, log1p(tl.exp(tl.where(scaled > threshold, 0.0, scaled))) / beta)

@@ -36,7 +36,9 @@ _UNARY = {
     aten.ceil.default: ("tl.ceil({0})", True),
     aten.sign.default: ("sign({0})", True),
     aten.exp.default: ("tl.exp({0})", False),
+    aten.expm1.default: ("expm1({0})", True),
     aten.log.default: ("tl.log({0})", False),
+    aten.log1p.default: ("log1p({0})", True),
     aten.sqrt.default: ("tl.sqrt({0})", True),
     aten.rsqrt.default: ("tl.rsqrt({0})", False),
     aten.sin.default: ("tl.sin({0})", True),
@@ -89,6 +91,8 @@ _pointwise(aten.pow.Tensor_Scalar, "pow_scalar({0}, {1})")
 # The second operand of gelu is the string "none" (erf form) or "tanh".
 _pointwise(aten.gelu.default, "gelu({0}, {1})", zero_preserving=True)
 _pointwise(aten.clamp.default, "clamp({0}, {1}, {2})")
+# Of softplus the other operands are the factor and the threshold.
+_pointwise(aten.softplus.default, "softplus({0}, {1}, {2})")
 # The conversion itself; the emitter casts to the node's dtype.
 _pointwise(torch.ops.prims.convert_element_type.default, "{0}", zero_preserving=True)
 
