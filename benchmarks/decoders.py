@@ -103,7 +103,7 @@ def llama_cpp() -> Run:
 
 
 def bandwidth() -> Run:
-    """Bytes a second that a sum over more than the caches hold reads."""
+    """Bytes a second that bare loops over more than the caches hold read."""
     from tilewright.driver.traffic import read_bandwidth
 
     return lambda _: numpy.array([read_bandwidth()])

@@ -12,7 +12,7 @@ import json
 
 from timing import print_lines
 
-GROUPS = ("tiles", "gemm", "rows", "attention", "forms", "matvec", "blocks", "math", "launch")
+GROUPS = ("tiles", "gemm", "rows", "attention", "forms", "matvec", "blocks", "split", "math", "launch")
 
 
 def main() -> None:

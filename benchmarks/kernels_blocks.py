@@ -1,22 +1,25 @@
-"""Products inside compiled programs over weights larger than the caches: block formats, bf16 and fp32.
+"""Products inside compiled programs over weights larger than the caches: block formats, int8, bf16 and fp32.
 
 A program multiplies the same few rows with several matrices of [4096, 4096], one after another, together larger than
 all caches. One row is a matter of reading: the figure is the share of the bandwidth of bare read loops over as much
-memory (``kernels_matvec``). Rows in block formats are rounded to 8 bits as part of the program. Eight rows are given as
-a multiple of the time of one; 512 rows beside torch's linear in fp32.
+memory, in large pages as the weights are (``codegen.cpu.read_loop``; the better of its two forms). Rows in block
+formats are rounded to 8 bits as part of the program, except where they stay floating-point numbers. Eight rows are
+given as a multiple of the time of one; fp32 and bf16 beside torch's linears, 512 rows beside its linear in fp32.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from kernels_matvec import Rotation, bare_read
+from kernels_matvec import Rotation
 from timing import Line, interleaved
 from torch import Tensor, nn
 
 import tilewright
+from tilewright.codegen.cpu.read_loop import STREAMS, read_loop
 from tilewright.ops.blocks import FORMATS
+from tilewright.runtime.pages import empty_bytes
 
 N = K = 4096
 READ_BYTES = 192 << 20
@@ -47,45 +50,54 @@ class BlockProducts(nn.Module):
         return tuple(product(rows, weight, None, self.form.name, flat, sums) for weight in self.buffers())
 
 
+class FloatRows(BlockProducts):
+    """The same with rows that are not rounded."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        product = torch.ops.tilewright.block_linear
+        return tuple(product(x, weight, None, self.form.name) for weight in self.buffers())
+
+
 class Linears(nn.Module):
     """Some rows times several weights of floating-point numbers."""
 
-    def __init__(self, dtype: torch.dtype, count: int) -> None:
+    def __init__(self, dtype: torch.dtype, count: int, n: int = N) -> None:
         super().__init__()
-        self.linears = nn.ModuleList([nn.Linear(K, N, bias=False, dtype=dtype) for _ in range(count)])
+        self.linears = nn.ModuleList([nn.Linear(K, n, bias=False, dtype=dtype) for _ in range(count)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(linear(x) for linear in self.linears)
 
 
-def reading(nbytes: int) -> Callable[[], Any]:
-    """A read loop over one after another of several pieces of memory."""
-    out = torch.empty(1 << 16)
-    pieces = [torch.randn(nbytes // 4) for _ in range(max(2, READ_BYTES // nbytes))]
-    return Rotation([bare_read(piece, out) for piece in pieces])
+def reading(nbytes: int) -> dict[str, Callable[[], Any]]:
+    """Read loops over one after another of several pieces of memory in large pages, by form."""
+    pieces = [empty_bytes(nbytes).fill_(1) for _ in range(max(2, READ_BYTES // nbytes))]
+    return {f"read {streams}": Rotation([read_loop(piece, streams) for piece in pieces]) for streams in STREAMS}
 
 
-def lines_of(name: str, model: nn.Module, dtype: torch.dtype, target: float) -> Iterator[Line]:
-    """One row against reading, and eight rows against one."""
-    compiled = tilewright.compile(model.eval(), without=("merge_linears",))
-    weights = [*model.parameters(), *model.buffers()]
-    nbytes = sum(weight.numel() * weight.element_size() for weight in weights)
+def lines_of(
+    name: str, model: nn.Module, dtype: torch.dtype, target: float, nbytes: int, **options: Any
+) -> Iterator[Line]:
+    """One row against reading ``nbytes``, eight rows against one, and, for plain linears, torch against ours."""
+    compiled = tilewright.compile(model.eval(), without=("merge_linears",), **options)
     one, eight = torch.randn(1, K, dtype=dtype), torch.randn(8, K, dtype=dtype)
     for x in (one, eight):
         for found, want in zip(compiled(x), model(x), strict=True):
             assert (found - want).norm() <= 0.02 * want.norm(), name
-    whole = nbytes // 65536 * 65536
-    calls = {
-        "read": reading(whole),
+    calls: Mapping[str, Callable[[], Any]] = {
+        **reading(nbytes),
         "one": functools.partial(compiled, one),
         "eight": functools.partial(compiled, eight),
+        **({"torch": functools.partial(model, one)} if isinstance(model, Linears) and not options else {}),
     }
     seconds = interleaved(calls, 9)
-    note = f"{nbytes / seconds['one'] / 1e9:.1f} of {whole / seconds['read'] / 1e9:.1f} GB/s"
-    yield Line(
-        f"{name}, one row: share of bandwidth", target, (nbytes / seconds["one"]) / (whole / seconds["read"]), note
-    )
+    read = min(seconds[f"read {streams}"] for streams in STREAMS)
+    forms = " and ".join(f"{nbytes / seconds[f'read {streams}'] / 1e9:.1f}" for streams in STREAMS)
+    note = f"{nbytes / seconds['one'] / 1e9:.1f} GB/s; bare loops {forms}"
+    yield Line(f"{name}, one row: share of bandwidth", target, read / seconds["one"], note)
     yield Line(f"{name}, eight rows: times one row", 2.0, seconds["eight"] / seconds["one"], at_most=True)
+    if "torch" in seconds:
+        yield Line(f"{name}, one row: torch / ours", None, seconds["torch"] / seconds["one"])
 
 
 def prefill_line(name: str) -> Line:
@@ -105,8 +117,18 @@ def lines() -> Iterator[Line]:
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):
             count = max(2, READ_BYTES // (N * K * dtype.itemsize))
-            yield from lines_of(str(dtype).removeprefix("torch."), Linears(dtype, count), dtype, 0.95)
+            nbytes = count * N * K * dtype.itemsize
+            yield from lines_of(str(dtype).removeprefix("torch."), Linears(dtype, count), dtype, 0.95, nbytes)
+        count = READ_BYTES // (N * K)
+        whole = Linears(torch.float32, count)
+        yield from lines_of("int8 per channel", whole, torch.float32, 0.85, count * N * K, dtype="int8")
         for name, target in TARGETS.items():
-            count = max(2, READ_BYTES // (N * FORMATS[name].row_bytes(K)))
-            yield from lines_of(name, BlockProducts(name, count), torch.float32, target)
+            nbytes = N * FORMATS[name].row_bytes(K)
+            count = max(2, READ_BYTES // nbytes)
+            yield from lines_of(name, BlockProducts(name, count), torch.float32, target, count * nbytes)
             yield prefill_line(name)
+        for name in ("Q8_0", "Q4_K", "Q6_K"):
+            nbytes = N * FORMATS[name].row_bytes(K)
+            count = max(2, READ_BYTES // nbytes)
+            title = f"{name}, rows in fp32"
+            yield from lines_of(title, FloatRows(name, count), torch.float32, 1 / 3, count * nbytes)

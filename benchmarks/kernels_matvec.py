@@ -1,14 +1,13 @@
 """Matrix-vector products over weights larger than the caches, as shares of the bandwidth of bare read loops.
 
 y = W x with W of [4096, 4096] in fp32, bf16 and int4. Successive calls take successive matrices, together larger than
-all caches. The bandwidth is the best of three loops that only add up the same memory: a loop of LLVM IR, a Triton
-kernel that sums rows, and ``torch.sum``.
+all caches. The bandwidth is the best of loops that only add up the same memory: a native one in two forms
+(``codegen.cpu.read_loop``), a Triton kernel that sums rows, and ``torch.sum``.
 
 int4: groups of 64 weights along k share an fp16 scale; byte j of a group holds weight j in its low half and weight
 j + 32 in its high half, as value + 8. The activations are int8 with an fp32 scale for each group of 64.
 """
 
-import ctypes
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,13 +18,11 @@ import triton.language as tl
 from timing import Line, interleaved
 
 import tilewright
-from tilewright.codegen.cpu import jit, launch
-from tilewright.codegen.cpu.target import CpuTarget
+from tilewright.codegen.cpu.read_loop import STREAMS, read_loop
 
 N = K = 4096
 GROUP = 64
 ROTATED_BYTES = 768 << 20
-BLOCK_BYTES = 16384  # what one program of the bare loop reads
 
 
 @triton.jit
@@ -70,58 +67,6 @@ def sum_rows(w, y, k, BLOCK: tl.constexpr):
     tl.store(y + tl.program_id(0), tl.sum(tl.load(w + tl.program_id(0) * k + c), axis=0))
 
 
-def bare_read(data: torch.Tensor, out: torch.Tensor) -> Callable[[], Any]:
-    """Two threads add up memory in eight vectors of i32; the sums go to ``out`` so that the loads stay."""
-    vector = f"<{CpuTarget.native().lanes_f32} x i32>"
-    step = CpuTarget.native().lanes_f32 * 4
-    names = range(8)
-    phis = "\n".join(f"  %a{i} = phi {vector} [zeroinitializer, %block], [%s{i}, %loop]" for i in names)
-    loads = "\n".join(
-        f"  %p{i} = getelementptr i8, ptr %start, i64 {i * step}\n  %q{i} = getelementptr i8, ptr %p{i}, i64 %at\n"
-        f"  %v{i} = load {vector}, ptr %q{i}, align 4\n  %s{i} = add {vector} %a{i}, %v{i}"
-        for i in names
-    )
-    sums = "\n".join(f"  %t{i} = add {vector} {'%s0' if i == 1 else f'%t{i - 1}'}, %s{i}" for i in names if i)
-    text = f"""define void @read(ptr %args, i32 %x, i32 %y, i32 %z, i64 %first, i64 %last) {{
-entry:
-  %data = load ptr, ptr %args
-  %out.at = getelementptr i8, ptr %args, i64 8
-  %out = load ptr, ptr %out.at
-  br label %block
-block:
-  %id = phi i64 [%first, %entry], [%next, %done]
-  %offset = mul i64 %id, {BLOCK_BYTES}
-  %start = getelementptr i8, ptr %data, i64 %offset
-  br label %loop
-loop:
-  %at = phi i64 [0, %block], [%at.next, %loop]
-{phis}
-{loads}
-  %at.next = add i64 %at, {8 * step}
-  %more = icmp slt i64 %at.next, {BLOCK_BYTES}
-  br i1 %more, label %loop, label %done
-done:
-{sums}
-  store {vector} %t7, ptr %out, align 4
-  %next = add i64 %id, 1
-  %again = icmp slt i64 %next, %last
-  br i1 %again, label %block, label %exit
-exit:
-  ret void
-}}
-"""
-    code = jit.load(jit.compile_ir(text, CpuTarget.native()), "read")
-    slots = (ctypes.c_void_p * 2)(data.data_ptr(), out.data_ptr())
-    grid = data.numel() * data.element_size() // BLOCK_BYTES
-    record = launch.Step(code.address, ctypes.addressof(slots), grid, 1, 1, 0, 0)
-    call = functools.partial(launch.launcher().run_steps, ctypes.addressof(record), 1, launch.num_threads())
-
-    def run(keep: Any = (code, slots, record, data, out)) -> None:
-        call()
-
-    return run
-
-
 class Rotation:
     """A call that goes through several prepared calls, one at a time."""
 
@@ -139,18 +84,24 @@ def shares(
     """Lines of bandwidth reached by kernels that read each of ``data`` once, per bandwidth of the best bare loop."""
     out = torch.empty(1 << 16)
     numbers = [each.view(torch.float32).view(-1, 4096) for each in data]
-    calls = {
-        "IR": Rotation([bare_read(each, out) for each in numbers]),
-        "Triton sum": Rotation([tilewright.prepare(sum_rows, (len(e),), e, out, 4096, BLOCK=4096) for e in numbers]),
-        "torch.sum": Rotation([functools.partial(torch.sum, each) for each in numbers]),
-    } | {kind: Rotation(each) for kind, each in ours.items()}
+    bare = {f"native {streams}": Rotation([read_loop(each, streams) for each in data]) for streams in STREAMS}
+    calls = (
+        bare
+        | {
+            "Triton sum": Rotation(
+                [tilewright.prepare(sum_rows, (len(e),), e, out, 4096, BLOCK=4096) for e in numbers]
+            ),
+            "torch.sum": Rotation([functools.partial(torch.sum, each) for each in numbers]),
+        }
+        | {kind: Rotation(each) for kind, each in ours.items()}
+    )
     # Contenders in step would find in the cache what the one before has just read.
     for number, call in enumerate(calls.values()):
         call.next = number * len(data) // len(calls)
     seconds = interleaved(calls, 25)
     gigabytes = data[0].numel() * data[0].element_size() / 1e9
     note = ", ".join(f"{kind} {gigabytes / value:.1f} GB/s" for kind, value in seconds.items())
-    best = min(seconds[kind] for kind in ("IR", "Triton sum", "torch.sum"))
+    best = min(seconds[kind] for kind in calls if kind not in ours)
     for kind in ours:
         yield Line(f"{name}, {kind}: share of bandwidth", target, best / seconds[kind], note)
         note = ""

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from tilewright.codegen.cpu.read_loop import STREAMS, read_loop
 from tilewright.driver.steps import StepModel
 from tilewright.ir.graph import get_tensor
+from tilewright.runtime.pages import empty_bytes
 
 _LOOKUPS = (torch.ops.aten.embedding.default, torch.ops.tilewright.block_embedding.default)
 _PROBE_BYTES = 256 << 20  # larger than the caches of processors
@@ -43,12 +45,12 @@ def traffic(model: StepModel) -> Traffic:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second that torch's threads read from memory: the best of some sums over more than the caches hold."""
-    data = torch.ones(_PROBE_BYTES // 4)
+    """Bytes a second that kernels' threads read from memory: the best of some bare loops over more than caches hold."""
+    data = empty_bytes(_PROBE_BYTES).fill_(1)
     seconds = []
-    for _ in range(_PROBES):
+    for loop in [read_loop(data, streams) for streams in STREAMS] * _PROBES:
         start = time.perf_counter()
-        data.sum()
+        loop()
         seconds.append(time.perf_counter() - start)
     return _PROBE_BYTES / min(seconds)
 
