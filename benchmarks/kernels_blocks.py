@@ -54,8 +54,8 @@ class FloatRows(BlockProducts):
     """The same with rows that are not rounded."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        product = torch.ops.tilewright.block_linear
-        return tuple(product(x, weight, None, self.form.name) for weight in self.buffers())
+        product, rows = torch.ops.tilewright.block_linear, x.reshape(x.shape[0], K // _ROUNDED, _ROUNDED).flatten(1)
+        return tuple(product(rows, weight, None, self.form.name) for weight in self.buffers())
 
 
 class Linears(nn.Module):
@@ -76,11 +76,11 @@ def reading(nbytes: int) -> dict[str, Callable[[], Any]]:
 
 
 def lines_of(
-    name: str, model: nn.Module, dtype: torch.dtype, target: float, nbytes: int, **options: Any
+    name: str, model: nn.Module, rows: torch.dtype, target: float, nbytes: int, **options: Any
 ) -> Iterator[Line]:
     """One row against reading ``nbytes``, eight rows against one, and, for plain linears, torch against ours."""
     compiled = tilewright.compile(model.eval(), without=("merge_linears",), **options)
-    one, eight = torch.randn(1, K, dtype=dtype), torch.randn(8, K, dtype=dtype)
+    one, eight = torch.randn(1, K, dtype=rows), torch.randn(8, K, dtype=rows)
     for x in (one, eight):
         for found, want in zip(compiled(x), model(x), strict=True):
             assert (found - want).norm() <= 0.02 * want.norm(), name

@@ -20,7 +20,7 @@ from tilewright.ir.regions import GemmTable
 from tilewright.passes.specialize import gemm_key
 
 ROWS = (1, 2, 4, 8)
-COLUMNS = (64, 128, 192, 256, 320, 512, 1024, 4096)
+COLUMNS = (64, 128, 192, 256, 512, 4096)
 K = 4096
 EFFORT = 3  # the opt_level whose timings have all of ROWS
 
@@ -34,9 +34,10 @@ def _stored(key: Any) -> Timings:
 
 def lines_of(dtype: str, n: int) -> Iterator[Line]:
     """The switch for one weight [n, K]."""
-    model = Linears(torch.float32, 1, n).eval()
-    compiled = tilewright.compile(model, dtype=dtype, opt_level=EFFORT)
-    compiled(torch.randn(1, K))
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+    model = Linears(kind, 1, n).eval()
+    compiled = tilewright.compile(model, dtype="int4" if dtype == "int4" else None, opt_level=EFFORT)
+    compiled(torch.randn(1, K, dtype=kind))
     (variant,) = compiled.variants.values()
     graph = variant.compiled.graph
     call = next(node for node in graph.graph.nodes if find_fact(node, GemmTable))
