@@ -21,7 +21,7 @@ from tilewright.runtime.memory import Lifetime, MemoryPlan, touched
 from tilewright.runtime.phase import Phase
 from tilewright.runtime.schedule import FreshOutputs, flatten
 from tilewright.runtime.stats import Recorder, Stats
-from tilewright.runtime.weights import ALIGNMENT, LoadedWeight, load_weights
+from tilewright.runtime.weights import ALIGNMENT, LoadedWeight, PackedLinear, load_weights
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,19 @@ class Program:
     def allocated_bytes(self) -> int:
         """Bytes of arena that are kept for the next calls: the largest need so far."""
         return sum(workspace.bytes for workspace in self._idle)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in the layouts that steps read, memory that several share counted once.
+
+        What the vendor library makes of a weight is opaque; it is counted as large as the weight.
+        """
+        counted: dict[object, int] = {}
+        for weight in self._weights.values():
+            opaque = isinstance(weight, PackedLinear)
+            tensor = weight.weight if isinstance(weight, PackedLinear) else weight
+            counted[id(tensor) if opaque else tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return sum(counted.values())
 
     def release_memory(self) -> None:
         """Gives the arenas back; the next call allocates them anew."""

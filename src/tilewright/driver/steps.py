@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.precision import precision_of
+from tilewright.driver.step_memory import StepMemory, step_memory
 from tilewright.errors import CacheRefused, CaptureError
 from tilewright.ir.graph import info
 from tilewright.ir.sizes import SEQ
@@ -67,6 +68,22 @@ class StepModel:
             shape = [size if isinstance(size, int) else count for size in spec.shape]
             made.append(torch.zeros(shape, dtype=spec.dtype))
         return Pages(tuple(made), count)
+
+    def memory(
+        self, *, pages: int, token_budget: int = 512, max_sequences: int = 64, most_wanted: int | None = None
+    ) -> StepMemory:
+        """What an engine over this model will hold, before it is made; without what it takes to read sources.
+
+        Args:
+            pages, token_budget, max_sequences: as of ``tilewright.runtime.engine.Engine``.
+            most_wanted: rows of logits in a step; None for one a sequence, which is all where nothing is drafted.
+
+        Raises:
+            OptionError: a number is out of range.
+        """
+        return step_memory(
+            self, pages=pages, token_budget=token_budget, max_sequences=max_sequences, most_wanted=most_wanted
+        )
 
     def copy_pages(self, pool: Pages, source: Tensor, target: Tensor) -> None:
         """Copies pages within the pool: those of ids ``source`` over those of ids ``target``."""
