@@ -5,7 +5,7 @@
 Prints, for each contender, tokens a second in decoding behind a prompt of 128 tokens, alone and (ours) in eight
 sequences at once, and in prefill of 512 tokens; the bytes that a token reads over what memory gives in this run; and
 how many of the first greedy tokens are those of the dequantized weights in fp32. Only ratios are worth quoting.
-llama.cpp is ``llama-cpp-python``, which its package builds from source: ``pip install llama-cpp-python``.
+llama.cpp is ``llama-cpp-python``, which its package builds from source: ``pip install 'tilewright[bench-llama]'``.
 """
 
 import argparse
