@@ -14,13 +14,14 @@ from tilewright.passes.rule_table import RuleTable
 
 aten = torch.ops.aten
 CONVERT = torch.ops.prims.convert_element_type.default
+_MOST_PLACES = 16  # of a row that a number is written to; each is a comparison of the whole row
 _TABLE = RuleTable()
 _rule = _TABLE.rule
 
 
 @dataclass(frozen=True)
 class NormalizeWrites(Pass):
-    """Turns ``copy`` into what is copied and ``slice_scatter`` into ``cat``.
+    """Turns ``copy`` into what is copied, ``slice_scatter`` into ``cat`` and ``scatter`` of a number into comparisons.
 
     ``x[..., :8] = a; x[..., 8:] = b`` arrives as two writes to slices, each of which yields all of x anew. Nothing is
     left of an x that is written over as a whole.
@@ -78,3 +79,28 @@ def _slice_scatter(rw: Rewriter, node: Node) -> Node | None:
     before, behind = _cut(rw, node, source, axis, 0, start), _cut(rw, node, source, axis, start + length, size)
     parts = [*before, *([part] if length else []), *behind]
     return parts[0] if len(parts) == 1 else rw.call(node, aten.cat.default, parts, axis, type=fact(node, TensorType))
+
+
+@_rule(aten.scatter.value)
+def _scatter_value(rw: Rewriter, node: Node) -> Node | None:
+    """A number written to some places of each row, as routers mark chosen groups: every place compared with each."""
+    source, index, value = operand(node), operand(node, 2), operand(node, 3)
+    *lead, width = shape_of(source)
+    last = len(lead)
+    if last == 0 or operand(node, 1) % (last + 1) != last or list(shape_of(index)[:-1]) != lead:
+        return None
+    places = shape_of(index)[-1]
+    if not isinstance(width, int) or not isinstance(places, int) or places > _MOST_PLACES:
+        return None
+    own = rw.call(node, aten.arange.start_step, 0, width, 1, dtype=torch.int64)
+    for place in range(places):
+        one = rw.call(node, aten.slice.Tensor, index, last, place, place + 1, 1)
+        here = rw.call(node, aten.eq.Tensor, own, one)
+        if is_call(source, aten.full.default):  # one number, whose own rows would be those of the padded batch
+            numbers = (
+                rw.call(node, aten.full.default, [], n, dtype=dtype_of(node)) for n in (value, operand(source, 1))
+            )
+            source = rw.call(node, aten.where.self, here, *numbers)
+        else:
+            source = rw.call(node, aten.masked_fill.Scalar, source, here, value)
+    return source

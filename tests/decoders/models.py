@@ -16,6 +16,13 @@ _HEADS = {**_GROUPED, "head_dim": 16}
 _SCALED = {"query_pre_attn_scalar": 8, "sliding_window": WINDOW}
 _LOCAL = {"layer_types": ["sliding_attention", "full_attention"]}
 
+# A router that first chooses a group of experts, and one dense layer in front.
+_GROUPS = {
+    "moe_intermediate_size": 24, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1,
+    "first_k_dense_replace": 1, "n_shared_experts": 1,
+}  # fmt: skip
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", {**_IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96}),
     "opt": ("OPT", {**_PLAIN, "ffn_dim": 64, "word_embed_proj_dim": 32}),
@@ -34,6 +41,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {**_GROUPED, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "qwen3_moe": ("Qwen3Moe", {**_HEADS, "moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2}),
     "olmoe": ("Olmoe", {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 3}),
+    "ernie4_5_moe": (
+        "Ernie4_5_Moe",
+        {**_HEADS, "moe_intermediate_size": 24, "moe_num_experts": 6, "moe_k": 2, "moe_layer_start_index": 1},
+    ),
+    "gpt_oss": ("GptOss", {**_HEADS, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": WINDOW}),
+    "glm4_moe": ("Glm4Moe", {**_HEADS, **_GROUPS, "partial_rotary_factor": 0.5}),
+    "deepseek_v3": ("DeepseekV3", {**_PLAIN, **_GROUPS, **_LATENT, "num_key_value_heads": 4}),
 }
 
 _STARTS = {"pad_token_id": 0, "decoder_start_token_id": 2, "forced_eos_token_id": None}

@@ -20,6 +20,7 @@ GONE = (
     "view", "transpose", "aten.t.", "contiguous", "alias", "detach", "dropout", "_to_copy", "aten.to.", "type_as",
     "assert", "addmm", "aten.mm.", "Scalar_", "split", "chunk", "unbind", "stack", "flatten", "squeeze.dim.",
     "aten.repeat.", "repeat_interleave", "slice_scatter", "aten.copy.", "empty", "aten.index.", "maximum", "minimum",
+    "aten.scatter.",
 )  # fmt: skip
 
 
@@ -30,6 +31,14 @@ def _filled(x: Tensor) -> Tensor:
     out[..., 5:13] = x[..., :1].double()
     out[..., 3:6] = x[..., -3:]
     return out
+
+
+def _marked(x: Tensor) -> tuple[Tensor, ...]:
+    """A number at some places of each row: of nothing but one number, of a computed tensor, twice at the same place."""
+    places = x.topk(3, -1).indices
+    twice = torch.cat((places[..., :1], places[..., :1]), -1)
+    ones = torch.zeros_like(x[..., 0, :]).scatter_(1, places[..., 0, :], 1)
+    return ones, (x + 1).scatter(-1, places, -2.5), x.to(torch.int32).scatter(2, twice, 7)
 
 
 def _joined(x: Tensor) -> Tensor:
@@ -148,6 +157,7 @@ REWRITTEN: dict[str, Callable[..., Any]] = {
     "repeats": lambda _, x: (x.repeat(1, 2, 1), x.repeat(2, 1, 1, 3), x[:, :1].repeat(1, 3, 2), x.repeat(1, 1, 1)),
     "repeats in a row": lambda _, x: (x.repeat_interleave(2, -1), x.repeat_interleave(3, 1), x.repeat_interleave(2, 0)),
     "parts": lambda _, x: (_filled(x), _joined(x)),
+    "marks": lambda _, x: _marked(x),
     "constant places": lambda _, x: (x[..., [-2]], x[..., [3, 4, 5]], x.view(*x.shape[:2], 4, 4)[:, :, [0, 1]]),
     "limits": lambda _, x: (torch.max(x, torch.tensor(0.3)), torch.minimum(x, torch.tensor(-0.2))),
     "scalars": lambda _, x: torch.add(2 - x, x.square(), alpha=3) / 2 + 1 - torch.sub(x, x, alpha=2),
