@@ -23,7 +23,7 @@ _NAMES = (
     *("last_query", "key_last", "page", "key_slots", "value_slots", "keys", "values", "scores", "peak", "new_peak"),
     *("shift", "weights", "fade", "total", "acc", "attention", "rows", "row_mask", "place", "queries", "down"),
     *("part", "part_peak", "part_total", "part_acc", "key_scales", "value_scales"),
-    *("key_magnitude", "value_magnitude"),
+    *("key_magnitude", "value_magnitude", "columns"),
 )
 
 

@@ -4,6 +4,8 @@ Scores are [rows, slots]: in their pages keys lie with the slots together, so bo
 lies.
 """
 
+from torch.fx import Node
+
 from tilewright.codegen.attention_heads import head_block
 from tilewright.codegen.attention_scores import LOG2_E
 from tilewright.codegen.attention_softmax import fold_scores
@@ -16,7 +18,8 @@ from tilewright.codegen.writer import KernelWriter
 def visit_page(problem: PagedProblem, writer: KernelWriter, slots: str) -> None:
     """Writes how the keys and values of the page at slot ``start`` join the softmax.
 
-    The text names ``queries``, ``sequence``, ``kv_head`` and ``key_last``, the end of the keys that are there.
+    The text names ``queries``, their ``head``, ``sequence``, ``kv_head`` and ``key_last``, the end of the keys that are
+    there.
 
     Args:
         slots: text of the queries' slots, along axis 0.
@@ -34,6 +37,7 @@ def visit_page(problem: PagedProblem, writer: KernelWriter, slots: str) -> None:
         writer.statement(f"scores = scores * {literal(problem.factor)}")
     if float(given["softcap"]) > 0.0:
         writer.statement(f"scores = tanh(scores) * {literal(float(given['softcap']) * LOG2_E)}")
+    _add_bias(problem, writer, slots)
     allowed = f"key_slots <= {slots}"
     if given["window_left"] >= 0:
         allowed = f"({allowed}) & (key_slots >= {slots} - {given['window_left']})"
@@ -47,6 +51,22 @@ def _scales(problem: PagedProblem, writer: KernelWriter, name: str) -> str:
     address = f"{problem.pages(writer, name)} + page * PAGE + tl.arange(0, PAGE)[None, :]"
     writer.statement(f"{name} = tl.load({address}, mask=key_slots < key_last, other=0.0)")
     return name
+
+
+def _add_bias(problem: PagedProblem, writer: KernelWriter, slots: str) -> None:
+    """Adds the bias of the tile's heads at the page's slots, or at their distances from the queries."""
+    bias = problem.given["slot_bias"]
+    if not isinstance(bias, Node):
+        return
+    view, kind = problem.inputs[bias]
+    columns, mask = "key_slots", ""
+    if problem.given["bias_by"] == "distance":
+        writer.statement(f"columns = {writer.size(view.shape[1])} - 1 - {slots} + key_slots")
+        columns, mask = "columns", f", mask=key_slots <= {slots}, other=0.0"  # the table ends at the query itself
+    row, column = map(writer.size, view.strides)
+    address = f"{writer.pointer(view, kind, 'slot_bias')} + head * {row} + {columns} * {column}"
+    widened = "" if kind == problem.compute else f".to({problem.kind})"
+    writer.statement(f"scores = scores + tl.load({address}{mask}){widened} * {LOG2_E}")
 
 
 def _keys(problem: PagedProblem, writer: KernelWriter) -> str:

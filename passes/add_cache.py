@@ -23,8 +23,10 @@ from tilewright.ir.sizes import BATCH, PAGES, SOURCE_TABLE, TABLE, TOKENS, WANTE
 from tilewright.ops import Flow, traits_of
 from tilewright.passes.at_slots import AtSlots
 from tilewright.passes.base import Pass, PassResult
+from tilewright.passes.elements import Unknown
 from tilewright.passes.layout_axes import positional
-from tilewright.passes.rewrite import erase_dead
+from tilewright.passes.rewrite import Rewriter, erase_dead
+from tilewright.passes.slot_bias import SlotBiases
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright
@@ -46,6 +48,8 @@ _TOLD_OF_SOURCES: tuple[tuple[str, tuple[Size, ...], Layout], ...] = (
     ("source_slots", (TOKENS,), _PACKED),
     ("source_table", (BATCH, SOURCE_TABLE), _SEQUENCES),
 )
+# Operands of attention over pages that are pages; only those of whole numbers have scales.
+_PAGES = ("key_pages", "value_pages", "key_scales", "value_scales")
 
 
 def page_types(
@@ -164,6 +168,8 @@ class _StepWriter:
         told = (*_TOLD, *(_TOLD_OF_SOURCES if of_sources else ()))
         self.told = {name: self._input(name, shape, torch.int32, layout, state=False) for name, shape, layout in told}
         self.at_slots = AtSlots(self.told["slots"], AddCache.name)
+        rw = Rewriter(self.gm, AddCache.name)
+        self.slot_biases = SlotBiases(rw, self.told["page_table"], self.options.page_size)
 
     def _pages(self, prefix: str, number: int, types: dict[str, TensorType]) -> dict[str, Node]:
         """New pages for keys and values."""
@@ -259,19 +265,32 @@ class _StepWriter:
             why = "its queries are not all tokens"
         elif not causal or right >= 0:
             why = "it sees keys that come after its query"
-        elif bias is not None:
-            why = f"its bias '{bias.name}' is made for a whole batch"
         elif table is not None:
             why = f"its table '{table.name}' is made for a whole batch"
         if why:
             raise CacheRefused("the model cannot go on from a cache", where=where(node), why=why)
         types = self._page_types(fact(k, TensorType), fact(v, TensorType))
         self.pages.append(self._pages("", len(self.pages), types))
-        keys, values, *scales = self.pages[-1].values()
+        keys, values, key_scales, value_scales = map(self.pages[-1].get, _PAGES)
         told = [self.told[name] for name in ("places", "cu_seqlens", "slots", "page_table")]
-        args = (q, k, v, keys, values, *told, sinks, scale, left, cap, *scales)
+        options = (sinks, scale, left, cap, key_scales, value_scales, *self._slot_bias(node, q, bias))
+        args = (q, k, v, keys, values, *told, *options)
         made = self._call(node, tw.attention_paged.default, args, fact(node, TensorType), _PACKED)
         node.replace_all_uses_with(made)
+
+    def _slot_bias(self, attention: Node, q: Node, bias: Node | None) -> tuple[Node | None, str]:
+        """The bias as a table over slots, and what its columns are."""
+        if bias is None:
+            return None, "key"
+        try:
+            return self.slot_biases.of(bias, int(fact(q, TensorType).shape[1]), attention)
+        except Unknown as unknown:
+            raise CacheRefused(
+                "the model cannot go on from a cache",
+                where=where(attention),
+                why=f"its bias '{bias.name}' is made for a whole batch: {unknown}",
+                hint="a bias of the slot of the key, or of its distance from the query, would be a table",
+            ) from None
 
     def _cross_attention(self, number: int, node: Node) -> None:
         """Its keys are no rows of the step, so nothing is put into pages; every query sees the whole source."""

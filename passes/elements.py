@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 
 from tilewright.ir.facts import TensorType, find_fact
 from tilewright.ir.sizes import Size
+from tilewright.ir.views import same_size
 from tilewright.passes.rewrite import argument, dtype_of, operand, rank_of, shape_of, size_value
 
 aten = torch.ops.aten
@@ -99,10 +100,7 @@ class Elements:
             raise Unknown(f"{node.op} {node.target}")
         if node.target in _NAMES:
             return self._apply(node, index)
-        follow = _FOLLOW.get(node.target)
-        if follow is None:
-            raise Unknown(str(node.target))
-        return follow(self, node, index)
+        return follow_view(self, node, index)
 
     def _apply(self, node: Node, index: Index) -> Element:
         name = _NAMES[node.target]
@@ -165,6 +163,18 @@ def _follow(*targets: Any) -> Callable[[Follow], Follow]:
     return add
 
 
+def follow_view(elements: Elements, node: Node, index: Index) -> Element:
+    """The element of a view, at the index it has in its source; or of an iota or a filled tensor.
+
+    Raises:
+        Unknown: the op is not followed.
+    """
+    follow = _FOLLOW.get(node.target)
+    if follow is None:
+        raise Unknown(str(node.target))
+    return follow(elements, node, index)
+
+
 @_follow(torch.ops.prims.convert_element_type.default)
 def _convert(elements: Elements, node: Node, index: Index) -> Element:
     source = operand(node)
@@ -221,13 +231,50 @@ def _permute(elements: Elements, node: Node, index: Index) -> Element:
 
 @_follow(aten.reshape.default)
 def _reshape(elements: Elements, node: Node, index: Index) -> Element:
-    """Only axes of size 1 may come and go."""
+    """Axes of size 1 may come and go; a fixed inner axis may be split off, or be joined to the one before it."""
     source = operand(node)
-    kept = [i for i, size in zip(index, shape_of(node), strict=True) if size != 1]
-    if [s for s in shape_of(node) if s != 1] != [s for s in shape_of(source) if s != 1]:
+    new = [(place, size) for place, size in zip(index, shape_of(node), strict=True) if size != 1]
+    found: list[Any] = []
+    for size in reversed(shape_of(source)):
+        if size == 1:
+            found.append(sympy.Integer(0))
+            continue
+        place, own = new.pop() if new else (None, 1)
+        if own != size and isinstance(own, int) and new and same_size(new[-1][1] * own, size):
+            outer, _ = new.pop()
+            place = outer * own + place
+        elif own != size and isinstance(size, int) and (outer := _outer_size(own, size)) is not None:
+            before, place = _split(place, size)
+            new.append((before, outer))
+        elif own != size:
+            raise Unknown("a reshape that joins or splits axes")
+        found.append(place)
+    if new:
         raise Unknown("a reshape that joins or splits axes")
-    rest = iter(kept)
-    return elements.at(source, tuple(sympy.Integer(0) if s == 1 else next(rest) for s in shape_of(source)))
+    return elements.at(source, tuple(reversed(found)))
+
+
+def _outer_size(joined: Size, inner: int) -> Size | None:
+    """n of an axis of n * inner places, where that shows."""
+    outer = sympy.expand(sympy.sympify(joined) / inner)
+    return outer if all(term.as_coeff_Mul()[0].is_Integer for term in sympy.Add.make_args(outer)) else None
+
+
+def _split(place: Any, inner: int) -> tuple[Any, Any]:
+    """The places on two axes of one on both together: place == outer * inner + last, with last below inner.
+
+    A place with two symbols was joined by a reshape. There the one that stands for ``last`` is below the factor of the
+    other, which is therefore to be ``inner``.
+    """
+    if place.is_Integer:
+        return divmod(place, inner)
+    terms = sympy.Add.make_args(sympy.expand(place))
+    outer = sum((term / inner for term in terms if (term.as_coeff_Mul()[0] / inner).is_Integer), sympy.Integer(0))
+    last = sympy.expand(place - outer * inner)
+    factors = [term.as_coeff_Mul()[0] for term in sympy.Add.make_args(outer) if term.free_symbols]
+    if last != 0 and not (last.is_Symbol and 1 in factors):
+        raise Unknown(f"a reshape that splits an axis at {place}")
+    return outer, last
 
 
 @_follow(aten.slice.Tensor)

@@ -70,7 +70,7 @@ def _is_made(node: Node) -> bool:
     """Whether it is a small tensor of fixed numbers."""
     if node.op != "call_function" or traits_of(node.target).flow is not Flow.CREATE or node.all_input_nodes:
         return False
-    return torch.Size(shape_of(node)).numel() <= _SMALL  # type: ignore[arg-type]
+    return torch.Size(shape_of(node)).numel() <= _SMALL
 
 
 def _folds(node: Node) -> bool:

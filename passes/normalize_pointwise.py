@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import GraphModule, Node
 
-from tilewright.ir.facts import TensorType, fact
+from tilewright.ir.facts import TensorType, fact, find_fact
 from tilewright.ir.graph import Level, get_tensor
 from tilewright.passes.base import Pass, PassResult
 from tilewright.passes.rewrite import Rewriter, argument, dtype_of, is_call, operand, rank_of
@@ -80,14 +80,19 @@ def _binary(rw: Rewriter, node: Node) -> Node | None:
 
 def _number(rw: Rewriter, node: Node, arg: Any) -> Any:
     """A constant of no axes becomes a number; only where another operand keeps the node's dtype and shape."""
-    others = [a for a in node.args if isinstance(a, Node) and a is not arg and rank_of(a) > 0]
+    others = [a for a in node.args if _is_tensor(a) and a is not arg and rank_of(a) > 0]
     same = others and dtype_of(others[0]) == dtype_of(node) and arg is not operand(node)
     return _value(rw, arg) if same else arg
 
 
+def _is_tensor(arg: Any) -> bool:
+    """Whether it is a tensor's node, not that of a size."""
+    return isinstance(arg, Node) and find_fact(arg, TensorType) is not None
+
+
 def _value(rw: Rewriter, arg: Any) -> Any:
     """The number that a constant of no axes holds; anything else as it is."""
-    if not isinstance(arg, Node) or rank_of(arg) != 0:
+    if not _is_tensor(arg) or rank_of(arg) != 0:
         return arg
     if is_call(arg, aten.full.default):
         return operand(arg, 1)

@@ -102,7 +102,7 @@ def _pages_once(gm: GraphModule) -> Iterator[Violation]:
     writers, readers = Counter[Node](), Counter[Node]()
     for node in _paged(gm):
         _, new, _, *given = positional(node)
-        for each in (*given[:2], *(scales for scales in given[-2:] if scales is not None)):
+        for each in (*given[:2], *(scales for scales in given[10:12] if scales is not None)):
             found = readers if new is None else writers
             found[each] += 1
             if found[each] == 2:

@@ -79,6 +79,8 @@ def attention_paged_reference(
     softcap: float,
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
+    slot_bias: Tensor | None = None,
+    bias_by: str = "key",
 ) -> Tensor:
     """Puts new keys and values into their pages, then causal attention of the queries over all pages of a sequence.
 
@@ -100,6 +102,9 @@ def attention_paged_reference(
         window_left: greatest distance of a key before its query; -1 for no limit.
         key_scales, value_scales: [N, Hkv, G] fp32, written. Pages are then int8: whole numbers of steps, each of 1/127
             of the largest magnitude in the key or value of a token and head.
+        slot_bias: [Hq, L], added to the scores of a head after the softcap; any strides, L above every slot.
+        bias_by: which column is that of a key: "key", its slot; or "distance", L - 1 less the slots from it to the
+            query, so that columns rise with keys and the last one is the query's own.
 
     Returns:
         [Tq, Hq, Dv], contiguous, dtype of q.
@@ -125,6 +130,10 @@ def attention_paged_reference(
             allowed = allowed & (key[None] >= query[:, None] - window_left)
         queries = q[first:last].transpose(0, 1)[None]
         scores = scores_reference(queries, keys, scale, softcap)
+        if slot_bias is not None:
+            column = key[None] + (0 if bias_by == "key" else slot_bias.shape[1] - 1 - query[:, None])
+            # What a query does not see may lie behind the last column.
+            scores = scores + slot_bias.to(scores.dtype)[:, column.clamp(max=slot_bias.shape[1] - 1)]
         found = attend_reference(scores, values, allowed[None, None], sinks, q.dtype)
         out[first:last] = found[0].transpose(0, 1)
     return out
