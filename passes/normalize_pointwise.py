@@ -1,7 +1,7 @@
 """One spelling for elementwise ops, conversions and tensors made from sizes."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch.fx import GraphModule, Node
@@ -85,7 +85,7 @@ def _number(rw: Rewriter, node: Node, arg: Any) -> Any:
     return _value(rw, arg) if same else arg
 
 
-def _is_tensor(arg: Any) -> bool:
+def _is_tensor(arg: Any) -> TypeGuard[Node]:
     """Whether it is a tensor's node, not that of a size."""
     return isinstance(arg, Node) and find_fact(arg, TensorType) is not None
 
