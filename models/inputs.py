@@ -324,9 +324,9 @@ def _convert(spec: InputSpec, tensor: Tensor) -> Tensor:
     if spec.vocab is not None:
         low, high = (int(v) for v in torch.aminmax(tensor))
         if low < spec.lowest or high >= spec.vocab:
-            bad = low if low < spec.lowest else high
+            outside = low if low < spec.lowest else high
             raise InputError(
-                f"argument '{spec.name}' holds {bad}, outside {spec.lowest}..{spec.vocab - 1}",
+                f"argument '{spec.name}' holds {outside}, outside {spec.lowest}..{spec.vocab - 1}",
                 why=f"it indexes a table of {spec.vocab} rows",
                 hint="is the tokenizer the one of this model, and is each position or type one it has?",
             )

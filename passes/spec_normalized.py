@@ -125,7 +125,7 @@ def _axes_from_zero(gm: GraphModule) -> Iterator[Violation]:
 
 def _one_attention(gm: GraphModule) -> Iterator[Violation]:
     found = _forbid(gm, _OTHER_ATTENTIONS, "tilewright::attention")
-    yield from (each for each in found if find_fact(each.node, Reason) is None)
+    yield from (each for each in found if each.node is None or find_fact(each.node, Reason) is None)
     for node in calls(gm):
         if node.target is not attention:
             continue

@@ -58,4 +58,5 @@ class TablePage:
         lines = [f"| | {' | '.join(self.columns)} |", f"| --- |{' --- |' * len(self.columns)}"]
         lines += [f"| {family} | {' | '.join(row.cells)} |" for family, row in shown.items()]
         reasons = [f"- {family}, {where}: {why}" for family, row in shown.items() for where, why in row.reasons]
-        self.path.write_text(self.top + "\n".join(lines) + "\n" + _REASONS + "\n".join(reasons) + "\n")
+        why = _REASONS + "\n".join(reasons) + "\n" if reasons else ""
+        self.path.write_text(self.top + "\n".join(lines) + "\n" + why)

@@ -57,6 +57,8 @@ _HALVES = {
     for name, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))
 }
 _BART = {**_IDS, **_STARTS, **_HALVES, "d_model": 32, "max_position_embeddings": 96}
+_BUCKETS = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}  # some hold several distances
+_T5 = {**_IDS, **_STARTS, **_BUCKETS, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
 
 SOURCE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("Bart", _BART),
@@ -64,10 +66,9 @@ SOURCE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "marian": ("Marian", {**_BART, "activation_function": "swish"}),
     "pegasus": ("Pegasus", {**_BART, "encoder_layers": 1}),
     "blenderbot": ("Blenderbot", _BART),
-    "t5": (
-        "T5",
-        {**_IDS, "decoder_start_token_id": 0, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
-    ),
+    "t5": ("T5", _T5),
+    "t5 v1.1": ("T5", {**_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "umt5": ("UMT5", _T5),
 }
 
 
@@ -86,4 +87,7 @@ def build(family: str, seed: int) -> nn.Module:
                 weight.normal_(0, 0.3)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
+        for name, weight in model.named_parameters():
+            if name.endswith("Attention.q.weight"):  # T5's attention has no scale: it is in the weights of queries
+                weight.mul_(model.config.d_kv**-0.5)
     return model

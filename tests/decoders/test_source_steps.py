@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.decoders.models import VOCAB, build
 from tests.decoders.test_decoder_steps import step_batch
-from tests.references import in_double
+from tests.references import ErrorRule, in_double
 from torch import Tensor
 from transformers import BartForConditionalGeneration
 
@@ -39,6 +39,27 @@ def behind(batch: StepBatch, table: Tensor, lengths: tuple[int, ...], of: Tensor
 
 def random_ids(generator: torch.Generator, *lengths: int) -> list[Tensor]:
     return [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
+
+
+def test_a_long_source_is_shared_out_among_programs() -> None:
+    """Beyond 256 slots several programs read the keys of a sequence; T5 has no table of positions that would end."""
+    model = build("t5", seed=0)
+    compiled = steps_of(model)
+    tokens, source = random_ids(torch.Generator().manual_seed(4), 14, 317)
+    with torch.no_grad():
+        eager, wide = (
+            each(input_ids=source[None], decoder_input_ids=tokens[None]).logits[0] for each in (model, in_double(model))
+        )
+    pool, rule, done = compiled.make_pages(43), ErrorRule(), 0
+    pages = torch.randperm(43, generator=torch.Generator().manual_seed(5)).int()
+    own, table, every = pages[None, :2].contiguous(), pages[None, 2:42].contiguous(), torch.zeros(1, dtype=torch.int64)
+    read(compiled, pool, [source], table)
+    for count in (1, 1, 5, 7):
+        span = slice(done, done + count)
+        batch = behind(step_batch([tokens[span]], [done], own), table, (317,), every)
+        rule.add(compiled.step(pool, batch), eager[span], wide[span])
+        done += count
+    rule.check("t5")
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("bf16", 0.02), ("int8", 0.03)], ids=["bf16", "int8"])
