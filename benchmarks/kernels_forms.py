@@ -10,7 +10,7 @@ import torch
 from lengths import LENGTHS
 from timing import Line
 
-from tilewright.driver.compile import compile_attention
+from tilewright.driver.compile_graph import compile_attention
 from tilewright.driver.tune_attention import attention_graph, attention_inputs, uneven_lengths
 from tilewright.ir.measurements import AttentionKey
 from tilewright.ir.regions import ATTENTION_VARIANTS

@@ -17,7 +17,7 @@ import tilewright
 from tilewright.driver.timing_store import Timings, stored_or_measured
 from tilewright.ir.facts import find_fact
 from tilewright.ir.regions import GemmTable
-from tilewright.passes.specialize import gemm_key
+from tilewright.passes.regions.specialize import gemm_key
 
 ROWS = (1, 2, 4, 8)
 COLUMNS = (64, 128, 192, 256, 512, 4096)

@@ -1,5 +1,6 @@
 """Regions to kernels: chooses the emitter by the region's anchor."""
 
+from tilewright.codegen.attention.paged_append import emit_fill
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.emit_attention import emit_attention
 from tilewright.codegen.emit_experts import emit_experts
@@ -7,7 +8,6 @@ from tilewright.codegen.emit_gemm import emit_gemm
 from tilewright.codegen.emit_index import emit_index
 from tilewright.codegen.emit_route import emit_route
 from tilewright.codegen.emit_row import emit_rows
-from tilewright.codegen.paged_append import emit_fill
 from tilewright.codegen.region_call import RegionCall
 from tilewright.errors import CodegenError
 from tilewright.ir.program import KernelStep, VendorLinear

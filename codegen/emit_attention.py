@@ -1,10 +1,10 @@
 """Attention regions to kernels, in one of the forms of ``ir.regions.ATTENTION_VARIANTS``."""
 
-from tilewright.codegen.attention_long import emit_long
-from tilewright.codegen.attention_online import emit_online
-from tilewright.codegen.attention_paged import emit_paged
-from tilewright.codegen.attention_problem import AttentionProblem
-from tilewright.codegen.attention_short import emit_short
+from tilewright.codegen.attention.long import emit_long
+from tilewright.codegen.attention.online import emit_online
+from tilewright.codegen.attention.paged import emit_paged
+from tilewright.codegen.attention.problem import AttentionProblem
+from tilewright.codegen.attention.short import emit_short
 from tilewright.codegen.builder import ProgramBuilder
 from tilewright.codegen.emit_row import emit_rows
 from tilewright.codegen.region_call import RegionCall

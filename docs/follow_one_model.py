@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from transformers import BertConfig, BertModel
 
 from tilewright import settings
-from tilewright.driver.compile import CompiledGraph
+from tilewright.driver.compile_graph import CompiledGraph
 from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.options import CompileOptions
 from tilewright.ir.facts import find_fact

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from tilewright.errors import InputError, TilewrightError
-from tilewright.models.gguf_model import GgufModel, load_gguf
-from tilewright.models.gguf_tokenizer import load_tokenizer
+from tilewright.models.gguf.model import GgufModel, load_gguf
+from tilewright.models.gguf.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

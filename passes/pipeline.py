@@ -8,25 +8,25 @@ from tilewright import settings
 from tilewright.errors import OptionError
 from tilewright.ir.measurements import Measurements
 from tilewright.ir.stored_weight import StoredParameter
-from tilewright.passes.add_cache import AddCache
 from tilewright.passes.base import Observer, Pass, PassRecord, run_pass
-from tilewright.passes.fill_pages import FillPages
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.merge_linears import MergeLinears
-from tilewright.passes.normalize import normalization
-from tilewright.passes.outline_regions import OutlineRegions
-from tilewright.passes.place import Place
-from tilewright.passes.quantize_blocks import QuantizeBlocks
-from tilewright.passes.quantize_linears import QuantizeLinears
-from tilewright.passes.remove_padding import RemovePadding
-from tilewright.passes.round_rows import RoundRows
-from tilewright.passes.route_experts import RouteExperts
-from tilewright.passes.slice_rows import SliceRows
-from tilewright.passes.specialize import Specialize
-from tilewright.passes.specialize_attention import SpecializeAttention
-from tilewright.passes.split_source import SplitSource
-from tilewright.passes.store_blocks import StoreBlocks
-from tilewright.passes.verify import verify as verify_graph
+from tilewright.passes.normalization.normalize import normalization
+from tilewright.passes.packing.remove_padding import RemovePadding
+from tilewright.passes.packing.slice_rows import SliceRows
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.merge_linears import MergeLinears
+from tilewright.passes.regions.outline_regions import OutlineRegions
+from tilewright.passes.regions.place import Place
+from tilewright.passes.regions.specialize import Specialize
+from tilewright.passes.regions.specialize_attention import SpecializeAttention
+from tilewright.passes.spec.verify import verify as verify_graph
+from tilewright.passes.steps.add_cache import AddCache
+from tilewright.passes.steps.fill_pages import FillPages
+from tilewright.passes.steps.split_source import SplitSource
+from tilewright.passes.weights.quantize_blocks import QuantizeBlocks
+from tilewright.passes.weights.quantize_linears import QuantizeLinears
+from tilewright.passes.weights.round_rows import RoundRows
+from tilewright.passes.weights.route_experts import RouteExperts
+from tilewright.passes.weights.store_blocks import StoreBlocks
 
 OPTIONAL = (SliceRows.name, MergeLinears.name)
 """Passes that only make a program faster, each on its own: leaving one out shows what it brings."""

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Interpreter
 
 from tilewright.ir.graph import info
 from tilewright.passes.base import PassRecord, run_pass
-from tilewright.passes.normalize import normalization
+from tilewright.passes.normalization.normalize import normalization
 
 _SMALL = {
     "vocab_size": 99,

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 if TYPE_CHECKING:
-    from tilewright.driver.compile import CompiledGraph
+    from tilewright.driver.compile_graph import CompiledGraph
     from tilewright.driver.options import CompileOptions
 
 compiled_graphs: "weakref.WeakSet[CompiledGraph]" = weakref.WeakSet()
@@ -59,7 +59,7 @@ def compile_fx_graph(gm: GraphModule, example_inputs: Sequence[Any], **options: 
 
 
 def _compile(graph: GraphModule, options: "CompileOptions") -> "CompiledGraph":
-    from tilewright.driver.compile import compile_graph
+    from tilewright.driver.compile_graph import compile_graph
 
     compiled = compile_graph(graph, options)
     compiled_graphs.add(compiled)

@@ -14,10 +14,10 @@ from tilewright.errors import CodegenError
 from tilewright.ir.program import Choice, EagerStep, ProgramSpec, ReadTokens, Storage
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 from tilewright.passes.base import run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.outline_regions import OutlineRegions
-from tilewright.passes.place import Place
-from tilewright.passes.specialize import Specialize
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.outline_regions import OutlineRegions
+from tilewright.passes.regions.place import Place
+from tilewright.passes.regions.specialize import Specialize
 from tilewright.runtime.program import Program
 from tilewright.runtime.stats import Stats
 

@@ -18,10 +18,10 @@ from tilewright.ir.kernels import KernelSource
 from tilewright.ir.program import KernelStep
 from tilewright.ir.sizes import TOKENS
 from tilewright.passes.base import run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.outline_regions import OutlineRegions
-from tilewright.passes.place import Place
-from tilewright.passes.specialize import Specialize
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.outline_regions import OutlineRegions
+from tilewright.passes.regions.place import Place
+from tilewright.passes.regions.specialize import Specialize
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from tests.decoders.models import VOCAB, build
 from tests.decoders.test_decoder_steps import PAGE, step_batch, steps_of
 
 from tilewright.errors import OptionError
-from tilewright.runtime.engine import Engine
+from tilewright.runtime.serving.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 # Of so few tokens the largest step is not that which needs most: parts of shared-out keys are larger.

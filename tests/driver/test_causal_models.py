@@ -94,7 +94,7 @@ def test_unpad_on_refuses_at_once() -> None:
 
 
 def test_a_file_generates_what_its_weights_say(file: Path) -> None:
-    from tilewright.models.gguf_model import dense_model, load_gguf
+    from tilewright.models.gguf.model import dense_model, load_gguf
 
     compiled = tilewright.compile(file, activations="float")
     ids = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -107,7 +107,7 @@ def test_a_file_generates_what_its_weights_say(file: Path) -> None:
 
 
 def test_rounded_rows_stay_close(file: Path) -> None:
-    from tilewright.models.gguf_model import dense_model, load_gguf
+    from tilewright.models.gguf.model import dense_model, load_gguf
 
     found = tilewright.compile(file)(ids := torch.arange(3, 40)[None]).logits
     with torch.no_grad():

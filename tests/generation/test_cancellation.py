@@ -10,8 +10,8 @@ import torch
 from expected import greedy, prompts
 from reference_model import ReferenceModel, tiny_gpt2
 
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.request import Request
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.request import Request
 
 GPT2 = tiny_gpt2()
 NEW = 8

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_model import ReferenceModel, tiny_gpt2, tiny_llama
 
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.request import Request, RequestOptions
-from tilewright.runtime.sampling import Sampling
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.request import Request, RequestOptions
+from tilewright.runtime.serving.sampling import Sampling
 
 MODELS = {"gpt2": tiny_gpt2(), "llama": tiny_llama()}
 GPT2 = MODELS["gpt2"]

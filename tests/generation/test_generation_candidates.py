@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from tilewright.driver.generation_candidates import AmongCandidates, on_candidates
-from tilewright.runtime.sampling import draw
+from tilewright.runtime.serving.sampling import draw
 
 IDS = torch.tensor([[1, 2]])
 OPTIONS = {

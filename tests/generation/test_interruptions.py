@@ -10,9 +10,9 @@ from expected import greedy, prompts
 from reference_model import ReferenceModel, tiny_gpt2
 from reference_source_model import ReferenceSourceModel, tiny_bart
 
-from tilewright.runtime.drafts import DraftModel
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.request import Request, RequestOptions
+from tilewright.runtime.serving.drafts import DraftModel
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.request import Request, RequestOptions
 
 GPT2 = tiny_gpt2()
 SHORT, MIDDLE, LONG = prompts(6, 5, 9)

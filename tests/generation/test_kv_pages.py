@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tilewright.runtime.kv_pages import PageAllocator, PageTable
+from tilewright.runtime.serving.kv_pages import PageAllocator, PageTable
 
 SIZE = 4
 

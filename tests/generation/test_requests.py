@@ -11,8 +11,8 @@ from expected import greedy, prompts
 from reference_model import ReferenceModel, tiny_gpt2
 
 from tilewright.errors import InputError, OptionError
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.sampling import Sampling
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.sampling import Sampling
 
 GPT2 = tiny_gpt2()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tilewright.runtime.sampling import Candidates, draw
+from tilewright.runtime.serving.sampling import Candidates, draw
 
 
 def _candidates(scores: torch.Tensor) -> Candidates:

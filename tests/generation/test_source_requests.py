@@ -12,9 +12,9 @@ from reference_source_model import ReferenceSourceModel, tiny_bart
 
 from tilewright.errors import InputError
 from tilewright.ir.steps import SourceBatch, SourceModel
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.request import Request, RequestOptions
-from tilewright.runtime.sampling import Sampling
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.request import Request, RequestOptions
+from tilewright.runtime.serving.sampling import Sampling
 
 BART = tiny_bart()
 SOURCES = prompts(1, 17, 8, 3, 12, seed=3)

@@ -10,9 +10,9 @@ from reference_model import ReferenceModel, tiny_gpt2
 
 from tilewright.driver.generation import TextGenerator
 from tilewright.errors import OptionError
-from tilewright.runtime.drafts import Ask, Drafter, DraftModel, PromptLookup
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.sampling import Sampling
+from tilewright.runtime.serving.drafts import Ask, Drafter, DraftModel, PromptLookup
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.sampling import Sampling
 
 GPT2 = tiny_gpt2()
 OTHER = tiny_gpt2(seed=1)

@@ -13,8 +13,8 @@ from gguf_files import SCALES, kind, random_blocks, tiny_model, write_model
 from transformers import Qwen2Config
 
 from tilewright.errors import GgufError
-from tilewright.models.gguf_file import TYPES, open_gguf
-from tilewright.models.gguf_model import load_gguf
+from tilewright.models.gguf.file import TYPES, open_gguf
+from tilewright.models.gguf.model import load_gguf
 
 VALUES = {
     "x.u8": 200, "x.i8": -100, "x.u16": 60000, "x.i16": -30000, "x.u32": 4000000000, "x.i32": -2000000000,

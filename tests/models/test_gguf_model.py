@@ -22,11 +22,11 @@ from transformers.modeling_gguf_pytorch_utils import (
 from tilewright.errors import GgufError
 from tilewright.ir.graph import get_tensor
 from tilewright.models.capture import capture
-from tilewright.models.gguf_config import make_config
-from tilewright.models.gguf_file import open_gguf
-from tilewright.models.gguf_model import GgufModel, dense_model, load_gguf, widen_parameter
-from tilewright.models.gguf_names import parameter_names
-from tilewright.models.gguf_tokenizer import load_tokenizer
+from tilewright.models.gguf.config import make_config
+from tilewright.models.gguf.file import open_gguf
+from tilewright.models.gguf.model import GgufModel, dense_model, load_gguf, widen_parameter
+from tilewright.models.gguf.names import parameter_names
+from tilewright.models.gguf.tokenizer import load_tokenizer
 
 IDS = torch.tensor([[5, 17, 3, 90, 44, 8, 8, 61, 7, 30, 11, 2, 77, 50]])
 

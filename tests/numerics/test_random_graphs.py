@@ -6,7 +6,7 @@ from numerics.random_graphs import RandomGraph, assert_same_at_real_tokens, copy
 from references import masks
 
 from tilewright.passes.base import run_pass
-from tilewright.passes.remove_padding import RemovePadding
+from tilewright.passes.packing.remove_padding import RemovePadding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GRAPHS, CHUNK = 200, 20

@@ -19,7 +19,7 @@ from references import ErrorRule, masks
 from torch import Tensor
 
 from tilewright import settings
-from tilewright.driver.compile import CompiledGraph, compile_graph
+from tilewright.driver.compile_graph import CompiledGraph, compile_graph
 from tilewright.driver.options import CompileOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ from torch.fx import Interpreter, Node
 
 from tilewright.ir.facts import SizeValue, TensorType, fact, set_fact
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
-from tilewright.passes.at_slots import AtSlots
+from tilewright.passes.steps.at_slots import AtSlots
 
 aten = torch.ops.aten
 MADE: dict[str, Any] = {"dtype": torch.int64, "device": torch.device("cpu"), "pin_memory": False}

@@ -18,11 +18,11 @@ from tilewright.ir.sizes import BATCH, TOKENS
 from tilewright.ir.stored_weight import StoredParameter, StoredWeight
 from tilewright.ops.blocks import FORMATS, dequantize, quantize
 from tilewright.passes.base import run_pass
-from tilewright.passes.merge_linears import MergeLinears
-from tilewright.passes.quantize_blocks import QuantizeBlocks
-from tilewright.passes.round_rows import RoundRows
-from tilewright.passes.store_blocks import StoreBlocks
-from tilewright.passes.verify import verify
+from tilewright.passes.regions.merge_linears import MergeLinears
+from tilewright.passes.spec.verify import verify
+from tilewright.passes.weights.quantize_blocks import QuantizeBlocks
+from tilewright.passes.weights.round_rows import RoundRows
+from tilewright.passes.weights.store_blocks import StoreBlocks
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

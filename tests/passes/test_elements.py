@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from tilewright.ir.facts import TensorType, set_fact
 from tilewright.ir.sizes import BATCH, SEQ, Size
-from tilewright.passes.elements import Elements, Load, Unknown
+from tilewright.passes.normalization.elements import Elements, Load, Unknown
 
 aten = torch.ops.aten
 PLACES = tuple(sympy.Symbol(name, integer=True, nonnegative=True) for name in "abcd")

@@ -18,11 +18,11 @@ from tilewright.ir.stored_weight import StoredParameter, StoredWeight
 from tilewright.ops.blocks import FORMATS, dequantize
 from tilewright.ops.selection import TOP_INDICES
 from tilewright.passes.base import run_pass
-from tilewright.passes.quantize_blocks import QuantizeBlocks
-from tilewright.passes.quantize_linears import QuantizeLinears
-from tilewright.passes.round_rows import RoundRows
-from tilewright.passes.route_experts import RouteExperts
-from tilewright.passes.store_blocks import StoreBlocks
+from tilewright.passes.weights.quantize_blocks import QuantizeBlocks
+from tilewright.passes.weights.quantize_linears import QuantizeLinears
+from tilewright.passes.weights.round_rows import RoundRows
+from tilewright.passes.weights.route_experts import RouteExperts
+from tilewright.passes.weights.store_blocks import StoreBlocks
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

@@ -13,10 +13,10 @@ from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 from tilewright.ops.experts import EXPERT_LINEAR, GROUPED_LINEAR, ROUTE
 from tilewright.ops.selection import TOP_INDICES
 from tilewright.passes.base import run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.recognize_top_k import RecognizeTopK
-from tilewright.passes.remove_padding import RemovePadding
-from tilewright.passes.route_experts import RouteExperts
+from tilewright.passes.normalization.recognize_top_k import RecognizeTopK
+from tilewright.passes.packing.remove_padding import RemovePadding
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.weights.route_experts import RouteExperts
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

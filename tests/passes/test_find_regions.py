@@ -11,10 +11,10 @@ from tilewright.ir.facts import find_fact
 from tilewright.ir.regions import Anchor, Region, RegionTag
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size
 from tilewright.ops import Flow, Traits, register
-from tilewright.passes.anchors import is_view
 from tilewright.passes.base import run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.outline_regions import OutlineRegions
+from tilewright.passes.regions.anchors import is_view
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.outline_regions import OutlineRegions
 
 aten = torch.ops.aten
 packing = torch.ops.tilewright

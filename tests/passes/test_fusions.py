@@ -14,8 +14,8 @@ from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.regions import RegionTag
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 from tilewright.passes.base import run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.merge_linears import MergeLinears
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.merge_linears import MergeLinears
 
 aten = torch.ops.aten
 packing = torch.ops.tilewright

@@ -14,9 +14,9 @@ from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.regions import Anchor, Region, RegionTag
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 from tilewright.passes.base import PassRecord, run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.merge_linears import MergeLinears
-from tilewright.passes.outline_regions import OutlineRegions
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.merge_linears import MergeLinears
+from tilewright.passes.regions.outline_regions import OutlineRegions
 
 aten = torch.ops.aten
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from tilewright.ir.facts import SizeValue, TensorType, find_fact
 from tilewright.ir.graph import Level, info
 from tilewright.models.capture import capture
 from tilewright.passes.base import run_pass
-from tilewright.passes.normalize import normalization
+from tilewright.passes.normalization.normalize import normalization
 
 GONE = (
     "view", "transpose", "aten.t.", "contiguous", "alias", "detach", "dropout", "_to_copy", "aten.to.", "type_as",

@@ -11,7 +11,7 @@ from zoo import normalize, ops
 from tilewright.ir.facts import TensorType, find_fact
 from tilewright.ir.graph import Level, info
 from tilewright.models.capture import capture
-from tilewright.passes.verify import verify
+from tilewright.passes.spec.verify import verify
 
 
 def _ranks(x: Tensor) -> Tensor:

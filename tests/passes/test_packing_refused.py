@@ -12,7 +12,7 @@ from tilewright.ir.facts import TensorType, set_fact
 from tilewright.ir.graph import Level, info
 from tilewright.ir.sizes import BATCH, SEQ
 from tilewright.passes.base import run_pass
-from tilewright.passes.remove_padding import RemovePadding
+from tilewright.passes.packing.remove_padding import RemovePadding
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

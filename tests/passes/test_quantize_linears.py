@@ -14,7 +14,7 @@ from tilewright.ir.facts import set_fact
 from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.sizes import TOKENS
 from tilewright.passes.base import PassRecord, run_pass
-from tilewright.passes.quantize_linears import QuantizeLinears
+from tilewright.passes.weights.quantize_linears import QuantizeLinears
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

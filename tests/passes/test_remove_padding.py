@@ -17,8 +17,8 @@ from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 from tilewright.ops import Flow, Traits, register
 from tilewright.passes.base import run_pass
-from tilewright.passes.remove_padding import RemovePadding
-from tilewright.passes.verify import verify
+from tilewright.passes.packing.remove_padding import RemovePadding
+from tilewright.passes.spec.verify import verify
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

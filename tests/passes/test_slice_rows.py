@@ -13,7 +13,7 @@ import tilewright
 from tilewright.ir.facts import TensorType, find_fact
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS
 from tilewright.passes.base import PassRecord, run_pass
-from tilewright.passes.slice_rows import SliceRows
+from tilewright.passes.packing.slice_rows import SliceRows
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

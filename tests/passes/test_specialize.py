@@ -15,10 +15,10 @@ from tilewright.ir.measurements import GemmKey, Measurements
 from tilewright.ir.regions import GemmTable, Placement, Region
 from tilewright.ir.sizes import BATCH, SEQ, TOKENS, Size
 from tilewright.passes.base import run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.outline_regions import OutlineRegions
-from tilewright.passes.place import Place
-from tilewright.passes.specialize import Specialize, gemm_key, measured_entries, splits_of, variants_of
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.outline_regions import OutlineRegions
+from tilewright.passes.regions.place import Place
+from tilewright.passes.regions.specialize import Specialize, gemm_key, measured_entries, splits_of, variants_of
 
 aten = torch.ops.aten
 KEY = GemmKey(24, 8, "float32")

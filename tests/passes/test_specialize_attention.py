@@ -10,9 +10,9 @@ from tilewright.ir.measurements import AttentionKey, Measurements
 from tilewright.ir.regions import AttentionTable
 from tilewright.ir.sizes import BATCH, SEQ, Size
 from tilewright.passes.base import run_pass
-from tilewright.passes.find_regions import FindRegions
-from tilewright.passes.outline_regions import OutlineRegions
-from tilewright.passes.specialize_attention import SpecializeAttention
+from tilewright.passes.regions.find_regions import FindRegions
+from tilewright.passes.regions.outline_regions import OutlineRegions
+from tilewright.passes.regions.specialize_attention import SpecializeAttention
 
 KEY = AttentionKey(8, 8, 1, "float32")
 

@@ -10,9 +10,9 @@ from torch.fx import GraphModule, Interpreter
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.steps import capture_call
 from tilewright.ir.graph import info, set_info
-from tilewright.passes.normalize import normalization
+from tilewright.passes.normalization.normalize import normalization
 from tilewright.passes.pipeline import run_pipeline
-from tilewright.passes.split_source import SplitSource
+from tilewright.passes.steps.split_source import SplitSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

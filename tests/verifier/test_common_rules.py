@@ -13,8 +13,8 @@ from tilewright.errors import VerifierError, Where
 from tilewright.ir.facts import Origin, TensorType, TupleType, drop_fact, set_fact
 from tilewright.ir.graph import Level, info, update_info
 from tilewright.ir.regions import Anchor, Region
-from tilewright.passes.spec_common import COMMON
-from tilewright.passes.verify import SPECS, verify
+from tilewright.passes.spec.common import COMMON
+from tilewright.passes.spec.verify import SPECS, verify
 
 aten = torch.ops.aten
 BREAKERS: dict[str, Callable[[GraphModule], Node | None]] = {}

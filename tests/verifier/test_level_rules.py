@@ -16,8 +16,8 @@ from tilewright.ir.graph import InputSpec, Level, info, update_info
 from tilewright.ir.layout import Layout, LayoutKind
 from tilewright.ir.regions import Anchor, AttentionTable, GemmTable, Placement, Region, RegionTag
 from tilewright.ir.sizes import BATCH, PAGES, SEQ, TABLE, TOKENS
-from tilewright.passes.spec_common import COMMON
-from tilewright.passes.verify import SPECS
+from tilewright.passes.spec.common import COMMON
+from tilewright.passes.spec.verify import SPECS
 
 aten = torch.ops.aten
 tw = torch.ops.tilewright

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import tilewright
-from tilewright.driver.compile import CompiledGraph, load
+from tilewright.driver.compile_graph import CompiledGraph, load
 from tilewright.driver.compiled import CompiledModel, Variant
 from tilewright.driver.kernels import distinct_sources
 from tilewright.driver.options import CompileOptions

@@ -7,15 +7,17 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.export import ExportedProgram
 from transformers import GenerationMixin
 
+from tilewright.driver.compile_graph import CompiledGraph, compile_graph
 from tilewright.driver.generation import TextGenerator
 from tilewright.driver.generators import generator_of, steps_of
+from tilewright.driver.kernels import Progress
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.precision import precision_of, round_results
 from tilewright.driver.steps import StepModel
@@ -25,16 +27,11 @@ from tilewright.ir.program import EagerStep
 from tilewright.ir.steps import CachedModel
 from tilewright.models.capture import capture, cast_copy, check_model, default_signature
 from tilewright.models.export import model_line
-from tilewright.models.gguf_model import GgufModel, dense_model
+from tilewright.models.gguf.model import GgufModel, dense_model
 from tilewright.models.inputs import CallSignature, bind, example_inputs, other_sizes, signature_of
-from tilewright.runtime.request import Request
+from tilewright.passes.base import Observer
+from tilewright.runtime.serving.request import Request
 from tilewright.runtime.stats import Stats
-
-if TYPE_CHECKING:
-    from tilewright.driver.compile import CompiledGraph
-    from tilewright.driver.kernels import Progress
-    from tilewright.passes.base import Observer
-
 
 _LOG = logging.getLogger("tilewright")
 
@@ -43,7 +40,7 @@ _LOG = logging.getLogger("tilewright")
 class Variant:
     """The model compiled for one way of calling it (which arguments are given); ``reason`` says why it runs eager."""
 
-    compiled: "CompiledGraph | None"
+    compiled: CompiledGraph | None
     info: GraphInfo | None
     reason: str = ""
     warned: bool = False
@@ -71,8 +68,8 @@ class CompiledModel:
         model: Any,
         options: CompileOptions,
         *,
-        observers: "Sequence[Observer]" = (),
-        progress: "Progress | None" = None,
+        observers: Sequence[Observer] = (),
+        progress: Progress | None = None,
         stored: GgufModel | None = None,
     ) -> None:
         self.model = model
@@ -285,8 +282,6 @@ class CompiledModel:
             return self._variants[signature]
 
     def _compile(self, signature: CallSignature, example: tuple[tuple[Any, ...], dict[str, Any]] | None) -> Variant:
-        from tilewright.driver.compile import compile_graph
-
         check_model(self.model)
         start = self._begin(f"for calls with {signature}")
         try:

@@ -28,11 +28,11 @@ from tilewright.driver.generation_padding import Text, own_tokens, pads_to_the_l
 from tilewright.driver.generation_requests import Submission, output, run
 from tilewright.errors import InputError, OptionError
 from tilewright.ir.steps import CachedModel, SourceModel
-from tilewright.runtime.drafts import Drafter, DraftModel, PromptLookup
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.limits import checked_prompt, checked_source, most_tokens
-from tilewright.runtime.request import Request, RequestOptions
-from tilewright.runtime.sampling import Sampling
+from tilewright.runtime.serving.drafts import Drafter, DraftModel, PromptLookup
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.limits import checked_prompt, checked_source, most_tokens
+from tilewright.runtime.serving.request import Request, RequestOptions
+from tilewright.runtime.serving.sampling import Sampling
 
 # Transformers declares that only its own PreTrainedModel has these methods; they ask for no more than is given below.
 _Mixin: Any = GenerationMixin

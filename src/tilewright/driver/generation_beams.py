@@ -8,9 +8,9 @@ from torch import Tensor
 
 from tilewright.driver.generation_padding import own_tokens
 from tilewright.ir.steps import CachedModel
-from tilewright.runtime.kv_pages import PageAllocator, PageTable
-from tilewright.runtime.source_pages import SourcePages, read_sources
-from tilewright.runtime.step_buffers import Fill, StepBuffers
+from tilewright.runtime.serving.kv_pages import PageAllocator, PageTable
+from tilewright.runtime.serving.source_pages import SourcePages, read_sources
+from tilewright.runtime.serving.step_buffers import Fill, StepBuffers
 
 
 def pages_of_search(

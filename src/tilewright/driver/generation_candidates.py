@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from tilewright.runtime.sampling import Candidates, Processor
+from tilewright.runtime.serving.sampling import Candidates, Processor
 
 _BLOCK = 256
 _FIRST = (TopKLogitsWarper, TopPLogitsWarper)

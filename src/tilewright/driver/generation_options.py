@@ -15,8 +15,8 @@ from transformers import (
 
 from tilewright.driver.generation_candidates import on_candidates
 from tilewright.errors import InputError, OptionError
-from tilewright.runtime.request import Stop
-from tilewright.runtime.sampling import Processor
+from tilewright.runtime.serving.request import Stop
+from tilewright.runtime.serving.sampling import Processor
 
 _REFUSED = {
     "cache_implementation": "keys and values lie in the engine's pages",

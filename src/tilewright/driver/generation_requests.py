@@ -9,8 +9,8 @@ from transformers import GenerationConfig
 from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 from transformers.generation.streamers import BaseStreamer
 
-from tilewright.runtime.engine import Engine
-from tilewright.runtime.request import Request
+from tilewright.runtime.serving.engine import Engine
+from tilewright.runtime.serving.request import Request
 
 
 class Submission(BaseStreamer):

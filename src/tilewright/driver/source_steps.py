@@ -2,27 +2,25 @@
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from tilewright.driver.compile_graph import CompiledGraph, compile_graph
+from tilewright.driver.kernels import Progress
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.steps import NO_LIMIT, PAGE_SIZE, Pages, StepModel, capture_call
 from tilewright.ir.graph import info, set_info
 from tilewright.ir.sizes import SEQ
 from tilewright.ir.steps import SourceBatch, StepBatch
 from tilewright.ir.stored_weight import StoredParameter
-from tilewright.passes.add_cache import AddCache
-from tilewright.passes.fill_pages import FillPages
-from tilewright.passes.split_source import SplitSource
-
-if TYPE_CHECKING:
-    from tilewright.driver.compile import CompiledGraph
-    from tilewright.driver.kernels import Progress
-    from tilewright.passes.base import Observer
+from tilewright.passes.base import Observer
+from tilewright.passes.steps.add_cache import AddCache
+from tilewright.passes.steps.fill_pages import FillPages
+from tilewright.passes.steps.split_source import SplitSource
 
 _TOKENS = "decoder_input_ids"
 
@@ -38,8 +36,8 @@ class SourceStepModel(StepModel):
 
     def __init__(
         self,
-        compiled: "CompiledGraph",
-        reader: "CompiledGraph",
+        compiled: CompiledGraph,
+        reader: CompiledGraph,
         page_size: int,
         vocab_size: int,
         max_length: int,
@@ -78,12 +76,10 @@ def compile_source_steps(
     *,
     page_size: int = PAGE_SIZE,
     stored: Mapping[str, StoredParameter] | None = None,
-    observers: "tuple[Observer, ...]" = (),
-    progress: "Progress | None" = None,
+    observers: tuple[Observer, ...] = (),
+    progress: Progress | None = None,
 ) -> SourceStepModel:
     """Compiles an encoder-decoder of transformers; arguments and errors as of ``compile_steps``."""
-    from tilewright.driver.compile import compile_graph
-
     ids = torch.ones((1, 3), dtype=torch.int64)
     cache = AddCache(page_size, options.pages_dtype, tokens=_TOKENS)
     masks = {"attention_mask": ids, "decoder_attention_mask": ids}

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from tilewright.driver.compile_graph import CompiledGraph, compile_graph
+from tilewright.driver.kernels import Progress
 from tilewright.driver.options import CompileOptions
 from tilewright.driver.precision import precision_of
 from tilewright.driver.step_memory import StepMemory, step_memory
@@ -19,12 +21,8 @@ from tilewright.ir.steps import StepBatch
 from tilewright.ir.stored_weight import StoredParameter
 from tilewright.models.capture import capture, longest
 from tilewright.models.inputs import signature_of
-from tilewright.passes.add_cache import AddCache
-
-if TYPE_CHECKING:
-    from tilewright.driver.compile import CompiledGraph
-    from tilewright.driver.kernels import Progress
-    from tilewright.passes.base import Observer
+from tilewright.passes.base import Observer
+from tilewright.passes.steps.add_cache import AddCache
 
 PAGE_SIZE = 32
 NO_LIMIT = 2**30
@@ -54,7 +52,7 @@ class StepModel:
         states: the inputs that are pages, in the order of a pool's tensors.
     """
 
-    def __init__(self, compiled: "CompiledGraph", page_size: int, vocab_size: int, max_length: int) -> None:
+    def __init__(self, compiled: CompiledGraph, page_size: int, vocab_size: int, max_length: int) -> None:
         self.compiled = compiled
         self.page_size = page_size
         self.vocab_size = vocab_size
@@ -75,7 +73,7 @@ class StepModel:
         """What an engine over this model will hold, before it is made; without what it takes to read sources.
 
         Args:
-            pages, token_budget, max_sequences: as of ``tilewright.runtime.engine.Engine``.
+            pages, token_budget, max_sequences: as of ``tilewright.runtime.serving.engine.Engine``.
             most_wanted: rows of logits in a step; None for one a sequence, which is all where nothing is drafted.
 
         Raises:
@@ -135,8 +133,8 @@ def compile_steps(
     *,
     page_size: int = PAGE_SIZE,
     stored: Mapping[str, StoredParameter] | None = None,
-    observers: "tuple[Observer, ...]" = (),
-    progress: "Progress | None" = None,
+    observers: tuple[Observer, ...] = (),
+    progress: Progress | None = None,
 ) -> StepModel:
     """Compiles a causal language model of transformers into steps.
 
@@ -150,8 +148,6 @@ def compile_steps(
     Raises:
         CacheRefused: it is no causal model that can go on from a cache, with the node; or ``opt_level`` is 0.
     """
-    from tilewright.driver.compile import compile_graph
-
     cache = AddCache(page_size, options.pages_dtype)
     ids = torch.ones((1, 3), dtype=torch.int64)
     call = {cache.tokens: ids, "attention_mask": ids, cache.positions: ids, "use_cache": False}

@@ -17,7 +17,7 @@ from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, set_inf
 from tilewright.ir.measurements import AttentionKey
 from tilewright.ir.regions import ATTENTION_VARIANTS, Anchor, Region
 from tilewright.ir.sizes import BATCH, SEQ, Size
-from tilewright.passes.specialize_attention import attention_key, attention_of, forms_of, over_pages
+from tilewright.passes.regions.specialize_attention import attention_key, attention_of, forms_of, over_pages
 from tilewright.runtime.measure import Make, measure_variants
 
 Compile = Callable[[GraphModule, str], Callable[..., Any]]

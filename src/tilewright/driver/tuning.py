@@ -22,7 +22,7 @@ from tilewright.ir.graph import GraphInfo, InputSpec, Level, OutputSpec, get_ten
 from tilewright.ir.measurements import GemmKey, Measurements
 from tilewright.ir.regions import Anchor, GemmTable, Region
 from tilewright.ir.sizes import Size, product
-from tilewright.passes.specialize import gemm_key, variants_of
+from tilewright.passes.regions.specialize import gemm_key, variants_of
 from tilewright.runtime.measure import Make, measure_variants
 
 # Row counts and seconds for each problem, by opt_level.

@@ -19,7 +19,7 @@ _KEY = "tilewright_graph"
 
 
 class Level(IntEnum):
-    """The levels a graph passes through; each has a spec in ``tilewright.passes.verify``."""
+    """The levels a graph passes through; each has a spec in ``tilewright.passes.spec.verify``."""
 
     EXPORTED = 0
     NORMALIZED = 1

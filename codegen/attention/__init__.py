@@ -1,0 +1,1 @@
+"""The forms of attention: one kernel each, and what they share."""

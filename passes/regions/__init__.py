@@ -1,0 +1,1 @@
+"""Fusion regions: which ops share a kernel, and which variant of it runs."""

@@ -1,0 +1,1 @@
+"""From a forward pass to one step of generation."""
