@@ -3,11 +3,11 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
+from tilewright.cli.console import err, out
 from tilewright.errors import InputError, TilewrightError
 
 app = typer.Typer(
@@ -17,8 +17,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _STOPPED = 130
-out = Console()
-err = Console(stderr=True)
 
 Model = Annotated[str, typer.Argument(help="a local folder, a hub name, or a file (config.json, .safetensors)")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON instead of tables")]
@@ -165,6 +163,7 @@ def generate(
     """Stream the text that MODEL writes behind a prompt or, as an encoder-decoder, about it; and show how fast."""
     from tilewright.cli import generate as command
     from tilewright.cli import show
+    from tilewright.cli.work import parse_dtype
     from tilewright.driver.options import CompileOptions
 
     asked = {
@@ -216,11 +215,3 @@ def demo(
     from tilewright.cli import demo as demo_command
 
     demo_command.run_demo(out, opt_level, batch, rounds, query, as_json)
-
-
-def parse_dtype(name: str | None) -> Any:
-    """The torch dtype of an option's text, or the text where it is another choice of ``compile``; None stays None."""
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-    return known.get(name, name) if name else None

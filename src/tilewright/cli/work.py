@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch.fx import GraphModule
 
-from tilewright.cli.app import err, parse_dtype
+from tilewright.cli.console import err
 from tilewright.driver import artifact, graph_files
 from tilewright.driver.compiled import CompiledModel
 from tilewright.driver.kernels import Progress as CompileProgress
@@ -64,6 +64,12 @@ def open_model(name: str) -> Loaded:
             hint="use 'tilewright generate', or tilewright.compile(path) in Python",
         )
     return loaded
+
+
+def parse_dtype(name: str | None) -> Any:
+    """The torch dtype of an option's text, or the text where it is another choice of ``compile``; None stays None."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+    return known.get(name, name) if name else None
 
 
 def compile_model(
