@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from tilewright.ir.facts import SizeValue, TensorType, fact, find_fact
 from tilewright.ir.graph import get_tensor
 from tilewright.ir.sizes import SEQ, Size
+from tilewright.ops import Flow, traits_of
 
 aten = torch.ops.aten
 _SAME_VALUES = {
@@ -54,10 +55,32 @@ def find_bounds(gm: GraphModule, ranges: Mapping[sympy.Symbol, int]) -> dict[sym
             slope = sympy.diff(highest, SEQ)
             if slope == 1:
                 limits.append((int(rows - 1 - (highest - SEQ)), f"position table '{table.target}' has {rows} rows"))
+    limits += _meetings(gm)
     if not limits:
         return {}
     high, reason = min(limits)
     return {SEQ: (1, high, reason)}
+
+
+def _meetings(gm: GraphModule) -> list[tuple[int, str]]:
+    """Limits of S where a table cut to the length, of size min(S, n), meets a value of length S element by element."""
+    limits = []
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or traits_of(node.target).flow is not Flow.POINTWISE:
+            continue
+        shape = fact(node, TensorType).shape
+        for operand in node.all_input_nodes:
+            found = find_fact(operand, TensorType)
+            for size, met in zip(found.shape[::-1] if found else (), shape[::-1], strict=False):
+                if met == SEQ and isinstance(size, sympy.Expr) and size.free_symbols == {SEQ} and size != SEQ:
+                    reason = f"'{node.name}' meets a table that ends there"
+                    limits += [(int(n), reason) for n in size.atoms(sympy.Integer) if _agree_up_to(size, int(n))]
+    return limits
+
+
+def _agree_up_to(size: sympy.Expr, length: int) -> bool:
+    """Whether the size is S for S from 1 to this length, and not beyond; a size of one kink at most."""
+    return [int(size.subs(SEQ, at)) - at for at in (1, length)] == [0, 0] and int(size.subs(SEQ, length + 1)) <= length
 
 
 def greatest(gm: GraphModule, node: Any, known: dict[Node, Size | None]) -> Size | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_map_only
 
 from tilewright.errors import CaptureError, InputError
 from tilewright.ir.facts import where
@@ -73,7 +74,11 @@ def capture(
         )
     if signature.obstacle:
         raise CaptureError(f"this call of {name} cannot be captured", why=signature.obstacle, hint="it runs as it was")
-    source = model if dtype is None else cast_copy(model, dtype)
+    source = model
+    if dtype is not None:
+        source = cast_copy(model, dtype)
+        # Calls may give floats in the model's own type; ``bind`` converts them to that of the graph.
+        example = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, example)
     with _tracing:
         gm, tried = _trace(source, signature, example, name)
     return _with_reasons(gm, tried, model, signature)

@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
+import transformers
 from handwritten import Encoder
 from references import masks
 from torch import Tensor, nn
 from torch.fx import Interpreter
 from zoo import build, normalize, ops, run, zoo
 
-from tilewright.errors import CaptureError
+import tilewright
+from tilewright.errors import CaptureError, InputError
 from tilewright.ir.facts import Origin, SizeValue, TensorType, TupleType, fact, find_fact
 from tilewright.ir.graph import Level, get_tensor, info
 from tilewright.ir.sizes import BATCH, SEQ
@@ -102,6 +104,19 @@ def test_facts() -> None:
     assert found.bounds[SEQ][:2] == (1, 40)
     assert found.output.names == ("last_hidden_state", "pooler_output")
     assert found.output.class_path == "transformers.modeling_outputs.BaseModelOutputWithPoolingAndCrossAttentions"
+
+
+def test_a_bias_cut_to_the_length_bounds_it() -> None:
+    """MPT's bias of 40 keys is cut to the last S, so it has min(S, 40): longer texts meet too few."""
+    config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=99, max_seq_len=40)
+    model = transformers.MptForCausalLM(config).eval()
+    assert info(capture(model)).bounds[SEQ][:2] == (1, 40)
+    compiled = tilewright.compile(model, opt_level=1)
+    ids = torch.randint(0, 99, (2, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match="S = 41 is outside"):
+        compiled(torch.randint(0, 99, (1, 41)))
 
 
 @pytest.mark.parametrize(("family", "longest"), [("bert", 40), ("roberta", 38), ("gpt2", 40), ("mpnet", 38)])

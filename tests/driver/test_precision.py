@@ -112,3 +112,17 @@ def test_a_saved_model_gives_the_same(dtype: str, tmp_path: Path) -> None:
     for name, value in want.items():
         assert got[name].dtype == value.dtype
         assert torch.equal(got[name], value)
+
+
+@pytest.mark.usefixtures("native")
+def test_calls_may_give_floats_in_the_models_own_type() -> None:
+    """The inputs of such a model are known only from its first call, which gives fp32 to what computes in bf16."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 16)).eval()
+    compiled = tilewright.compile(model, dtype="bf16")
+    x = torch.randn(5, 24)
+    for rows in (x, x.bfloat16()):
+        found = compiled(rows)
+        assert found.dtype == torch.bfloat16
+        with torch.no_grad():
+            torch.testing.assert_close(found.double(), in_double(model)(x.double()), rtol=0.02, atol=0.02)
