@@ -137,7 +137,10 @@ class CachedModel(Protocol):
         ...
 
     def copy_pages(self, pool: Any, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies pages in every layer: page ``source[i]`` to ``target[i]``, [n] int64 each; no target is a source."""
+        """Copies pages in every layer: page ``source[i]`` to ``target[i]``, [n] int64 each, targets distinct.
+
+        All sources are read before a target is written: one that was let go may be the target of another copy.
+        """
         ...
 
     def step(self, pool: Any, batch: StepBatch) -> torch.Tensor:
