@@ -4,7 +4,8 @@
 
 Prints, for each contender, tokens a second in decoding behind a prompt of 128 tokens, alone and (ours) in eight
 sequences at once, and in prefill of 512 tokens; the bytes that a token reads over what memory gives in this run; and
-how many of the first greedy tokens are those of the dequantized weights in fp32. Only ratios are worth quoting.
+how many of the first greedy tokens are those of the dequantized weights in fp32, and how far the logits behind the
+prompt are from theirs. Only ratios are worth quoting.
 llama.cpp is ``llama-cpp-python``, which its package builds from source: ``pip install 'tilewright[bench-llama]'``.
 """
 
@@ -42,17 +43,23 @@ def dense() -> Any:
 
 
 def _generating(model: Any, source: Any) -> Run:
-    """Greedy decoding by ``model.generate``, as many tokens as asked for, whatever ``source`` says of an end."""
+    """Greedy decoding by ``model.generate``, as many tokens as asked for, whatever ``source`` says of an end.
+
+    No tokens asked for: the logits behind the prompts, [sequences, vocabulary].
+    """
     source.generation_config.eos_token_id = None
-    generate: Callable[..., torch.Tensor] = model.generate
+    generate = model.generate
 
     calls = itertools.count()
 
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         # Another prompt in each call, or what an engine remembers of the one before would be timed.
         ids, new = batch["input_ids"] + next(calls), int(batch["new"])
-        options = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
-        return generate(ids, attention_mask=torch.ones_like(ids), **options)[:, ids.shape[1] :]
+        options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max(new, 1), "pad_token_id": 0}
+        if new == 0:
+            options |= {"output_logits": True, "return_dict_in_generate": True}
+        made: Any = generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return made[:, ids.shape[1] :] if new else made.logits[0].float()
 
     return run
 
@@ -81,7 +88,7 @@ def transformers(dtype: torch.dtype) -> Run:
 
 def llama_cpp() -> Run:
     """llama.cpp on the file; it takes one sequence at a time here."""
-    from llama_cpp import Llama
+    from llama_cpp import Llama, llama_get_logits_ith
 
     model = Llama(model_file(), n_ctx=1024, n_threads=THREADS, n_threads_batch=THREADS, n_batch=512, verbose=False)
 
@@ -92,6 +99,9 @@ def llama_cpp() -> Run:
         for prompt in (batch["input_ids"] + next(calls)).tolist():
             model.reset()
             model.eval(prompt)
+            if not int(batch["new"]):
+                rows.append(numpy.ctypeslib.as_array(llama_get_logits_ith(model.ctx, -1), (model.n_vocab(),)).copy())
+                continue
             tokens = [model.sample(temp=0.0)]
             while len(tokens) < int(batch["new"]):
                 model.eval(tokens[-1:])
@@ -146,7 +156,9 @@ def bench(names: list[str], rounds: int, report: Callable[[dict[str, Any]], None
         workers, failed = found
         if why := failed.get("reference"):
             raise SystemExit(f"the reference cannot run: {why}; the extra bench has the model's packages")
-        expected = workers.pop("reference").result(prompt("decode", DECODED))[0]
+        reference = workers.pop("reference")
+        # Which prompt a call gets goes by its number: those of the reference are made in the same order.
+        expected, logits = (reference.result(prompt("decode", new))[0] for new in (DECODED, 0))
         probe = workers.pop("bandwidth")
         for name, why in failed.items():
             print(f"{name} cannot run: {why}", file=sys.stderr)
@@ -154,6 +166,7 @@ def bench(names: list[str], rounds: int, report: Callable[[dict[str, Any]], None
             try:
                 made = worker.result(prompt("decode", DECODED))[0]
                 same = int((numpy.cumprod(made == expected)).sum())
+                error = float(numpy.abs(worker.result(prompt("decode", 0))[0] - logits).max())
                 cases = [case for case in PROMPTS if case != "decode of 8" or name.startswith("tilewright")]
                 # Other machines on the same host take bandwidth and give it back: it is measured beside each.
                 before = float(probe.result({})[0])
@@ -164,7 +177,8 @@ def bench(names: list[str], rounds: int, report: Callable[[dict[str, Any]], None
                 continue
             read = CONTENDERS[name][0] * PARAMETERS or FILE_BYTES
             share = rates["decode"] * read / memory
-            report({"name": name, **rates, "share of bandwidth": share, "greedy tokens as in fp32": same})
+            agreement = {"greedy tokens as in fp32": same, "largest error of a logit": error}
+            report({"name": name, **rates, "share of bandwidth": share, **agreement})
 
 
 def main() -> None:
@@ -174,7 +188,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    columns = [*PROMPTS, "share of bandwidth", "greedy tokens as in fp32"]
+    columns = [*PROMPTS, "share of bandwidth", "greedy tokens as in fp32", "largest error of a logit"]
 
     def show(record: dict[str, Any]) -> None:
         cells = (f"{record[column]:.4g}" if column in record else "" for column in columns)
