@@ -89,7 +89,7 @@ class _Long:
                 tile.finish_scores(place, row, key)
                 writer.statement("peak = tl.max(scores, 1, keep_dims=True)")
                 writer.statement('shift = tl.where(peak == float("-inf"), 0.0, peak)')
-                writer.statement("total = tl.sum(tl.exp2(scores - shift), 1, keep_dims=True)")
+                writer.statement("total = tl.sum(tl.exp(scores - shift), 1, keep_dims=True)")
                 column = self._column(key, tile)
                 self._write(tile, self.scores, self._at(place, row, column, problem.key_length), "scores")
                 at = self._at(place, row, part, self.blocks)
@@ -119,8 +119,8 @@ class _Long:
             peak = "tl.max(scores, 1, keep_dims=True)"
             writer.statement(f"peak = {peak if sink is None else f'tl.maximum({peak}, {sink})'}")
             writer.statement('shift = tl.where(peak == float("-inf"), 0.0, peak)')
-            extra = "" if sink is None else f" + tl.exp2({sink} - shift)"
-            writer.statement(f"total = tl.sum(weights * tl.exp2(scores - shift), 1, keep_dims=True){extra}")
+            extra = "" if sink is None else f" + tl.exp({sink} - shift)"
+            writer.statement(f"total = tl.sum(weights * tl.exp(scores - shift), 1, keep_dims=True){extra}")
             writer.statement("inverse = 1.0 / tl.where(total == 0.0, 1.0, total)")
             at = self._at(place, row, constant(0), 1)
             self._write(tile, self.peak, at, "shift")
@@ -143,7 +143,7 @@ class _Long:
                 key, key_row = tile.keys("start", "BLOCK_KEYS")
                 at = self._at(place, row, self._column(key, tile), problem.key_length)
                 writer.statement(f"scores = {self._read(tile, self.scores, at, 'scores', float('-inf'))}")
-                writer.statement("weights = tl.exp2(scores - shift) * inverse")
+                writer.statement("weights = tl.exp(scores - shift) * inverse")
                 cast = "" if problem.dtype == problem.compute else f".to({TL_TYPES[problem.dtype]})"
                 v = tile.value_tile(place, key_row)
                 writer.statement(f"acc = {dot(f'weights{cast}', v, 'acc', problem.dtype)}")

@@ -4,7 +4,6 @@ import torch
 from torch.fx import Node
 
 from tilewright.codegen.attention.heads import head_axis, head_block, store_attention
-from tilewright.codegen.attention.scores import LOG2_E
 from tilewright.codegen.attention.softmax import finish_softmax, start_softmax
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index
@@ -115,7 +114,7 @@ class PagedProblem(NewRows):
     def factor(self) -> float:
         """What products of queries and keys are multiplied by."""
         scale, cap = float(self.given["scale"]), float(self.given["softcap"])
-        return scale / cap if cap > 0.0 else scale * LOG2_E
+        return scale / cap if cap > 0.0 else scale
 
     @property
     def scaled_queries(self) -> bool:
@@ -126,7 +125,7 @@ class PagedProblem(NewRows):
         """Writes the softmax's state before the first key; with the sinks of these heads, where there are some."""
         sink = None
         if sink_of is not None and isinstance(self.given["sinks"], Node):
-            sink = f"{evaluator.number(self.given['sinks'], (sink_of,), self.compute).text} * {LOG2_E}"
+            sink = evaluator.number(self.given["sinks"], (sink_of,), self.compute).text
         self.value_axis(writer)
         acc = f"[BLOCK_M, {head_block(writer, self.value_size)}]"
         start_softmax(writer, self.kind, "[BLOCK_M, 1]", acc, sink)

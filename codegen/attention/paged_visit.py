@@ -8,7 +8,6 @@ from torch.fx import Node
 
 from tilewright.codegen.attention.heads import head_block
 from tilewright.codegen.attention.paged_problem import PagedProblem
-from tilewright.codegen.attention.scores import LOG2_E
 from tilewright.codegen.attention.softmax import fold_scores
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.nodes import literal
@@ -36,7 +35,7 @@ def visit_page(problem: PagedProblem, writer: KernelWriter, slots: str) -> None:
     if not problem.scaled_queries:
         writer.statement(f"scores = scores * {literal(problem.factor)}")
     if float(given["softcap"]) > 0.0:
-        writer.statement(f"scores = tanh(scores) * {literal(float(given['softcap']) * LOG2_E)}")
+        writer.statement(f"scores = tanh(scores) * {literal(float(given['softcap']))}")
     _add_bias(problem, writer, slots)
     allowed = f"key_slots <= {slots}"
     if given["window_left"] >= 0:
@@ -66,7 +65,7 @@ def _add_bias(problem: PagedProblem, writer: KernelWriter, slots: str) -> None:
     row, column = map(writer.size, view.strides)
     address = f"{writer.pointer(view, kind, 'slot_bias')} + head * {row} + {columns} * {column}"
     widened = "" if kind == problem.compute else f".to({problem.kind})"
-    writer.statement(f"scores = scores + tl.load({address}{mask}){widened} * {LOG2_E}")
+    writer.statement(f"scores = scores + tl.load({address}{mask}){widened}")
 
 
 def _keys(problem: PagedProblem, writer: KernelWriter) -> str:

@@ -1,6 +1,6 @@
 """What becomes of a tile of scores: scale, softcap, bias, tables and masks, in the order of the op's definition.
 
-Scores are to base 2, with the factor in the scale: exponentials are ``exp2``.
+Scores are to base e: to base 2, which would save ``exp`` a product, the factor would round each query and bias.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from tilewright.codegen.views import broadcast
 from tilewright.codegen.writer import KernelWriter, Register, Var
 from tilewright.ir.facts import TensorType, fact
 
-LOG2_E = 1.4426950408889634
 _FAR = 2**30
 """A distance of columns that no sequence has, and that can be added to one in 32 bits."""
 
@@ -51,7 +50,7 @@ class AttentionScores:
     def factor(self) -> float:
         """What products of queries and keys are multiplied by."""
         scale, cap = float(self.given["scale"]), float(self.given["softcap"])
-        return scale / cap if cap > 0.0 else scale * LOG2_E
+        return scale / cap if cap > 0.0 else scale
 
     def finish_scores(self, place: Place, row: Index, key: Index, scaled: bool = False) -> None:
         """Scale, softcap, bias and mask of ``scores``, in the order of the op's definition."""
@@ -60,13 +59,13 @@ class AttentionScores:
         if not scaled:
             writer.statement(f"scores = scores * {literal(self.factor)}")
         if cap > 0.0:
-            writer.statement(f"scores = tanh(scores) * {literal(cap * LOG2_E)}")
+            writer.statement(f"scores = tanh(scores) * {literal(cap)}")
         if isinstance(given["bias"], Node):
             shape = fact(given["bias"], TensorType).shape
             full = (place.sequence, place.head, self.slot(row, "q"), self.slot(key, "k"))
             index = broadcast(full[4 - len(shape) :], shape)
             bias = self.evaluator.number(given["bias"], index, self.problem.compute)
-            writer.statement(f"scores = scores + {bias.text} * {LOG2_E}")
+            writer.statement(f"scores = scores + {bias.text}")
         self._add_tables(place, row, key)
         if given["uniform_pads"]:
             writer.statement(f"scores = tl.where({self.is_pad(place, row)}, 0.0, scores)")
@@ -83,7 +82,7 @@ class AttentionScores:
             entry = self.evaluator.loaded_index(self.given[f"{of}_index"], slots, fact(table, TensorType).shape[-1])
             index = self.problem.index(place.sequence, own, place.head, entry)
             number = self.evaluator.number(table, index, self.problem.compute)
-            self.writer.statement(f"scores = scores + {number.text} * {LOG2_E}")
+            self.writer.statement(f"scores = scores + {number.text}")
 
     def slot(self, row: Index, of: str) -> Index:
         """The column of a query ("q") or a key ("k") in the padded batch."""

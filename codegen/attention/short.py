@@ -72,8 +72,8 @@ def _attend(tile: AttentionTile, place: Place, block: str) -> None:
         writer.statement(f"peak = {peak if sink is None else f'tl.maximum({peak}, {sink})'}")
         # A query without a key has peak -inf, and -inf - -inf is no number.
         writer.statement('shift = tl.where(peak == float("-inf"), 0.0, peak)')
-        writer.statement("weights = tl.exp2(scores - shift)")
-        extra = "" if sink is None else f" + tl.exp2({sink} - shift)"
+        writer.statement("weights = tl.exp(scores - shift)")
+        extra = "" if sink is None else f" + tl.exp({sink} - shift)"
         writer.statement(f"total = tl.sum(weights, {tile.key_axis}, keep_dims=True){extra}")
         cast = "" if problem.dtype == problem.compute else f".to({TL_TYPES[problem.dtype]})"
         writer.statement(f"acc = {dot(tile.by_rows(f'weights{cast}'), v, None, problem.dtype)}")

@@ -1,7 +1,7 @@
 """A softmax over keys that come block by block: its text, which kernels of attention share.
 
 A running maximum ``peak``, a running sum ``total`` and an unfinished result ``acc`` stand in the kernel; each block
-rescales what the blocks before it have summed. Scores are to base 2. Source: Milakov and Gimelshein, "Online normalizer
+rescales what the blocks before it have summed. Source: Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018; Dao et al., "FlashAttention", 2022.
 """
 
@@ -17,7 +17,7 @@ def start_softmax(writer: KernelWriter, kind: str, per_query: str, acc: str, sin
     Args:
         kind: element type of the state.
         per_query, acc: shape of what there is one of for each query, and of the result.
-        sink: text of the sink's logit to base 2, or None.
+        sink: text of the sink's logit, or None.
     """
     if sink is not None:
         writer.statement(f"peak = tl.zeros({per_query}, {kind}) + {sink}")
@@ -53,8 +53,8 @@ def fold_scores(
         f"new_peak = tl.maximum(peak, tl.max(scores, {axis}, keep_dims=True))",
         # A query that has seen no key yet has peak -inf, and -inf - -inf is no number.
         'shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)',
-        "weights = tl.exp2(scores - shift)",
-        "fade = tl.exp2(peak - shift)",
+        "weights = tl.exp(scores - shift)",
+        "fade = tl.exp(peak - shift)",
         f"total = total * fade + tl.sum(weights, {axis}, keep_dims=True)",
         f"acc = {dot(weights, values, f'acc * {fade}', dtype)}",
         "peak = new_peak",
@@ -67,8 +67,8 @@ def fold_part(writer: KernelWriter) -> None:
     for line in (
         "new_peak = tl.maximum(peak, part_peak)",
         'shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)',
-        "weights = tl.exp2(part_peak - shift)",
-        "fade = tl.exp2(peak - shift)",
+        "weights = tl.exp(part_peak - shift)",
+        "fade = tl.exp(peak - shift)",
         "total = total * fade + part_total * weights",
         "acc = acc * fade + part_acc * weights",
         "peak = new_peak",

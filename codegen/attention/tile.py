@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from tilewright.codegen.attention.heads import head_axis, head_block, store_attention
 from tilewright.codegen.attention.problem import AttentionProblem
-from tilewright.codegen.attention.scores import LOG2_E, AttentionScores, Place
+from tilewright.codegen.attention.scores import AttentionScores, Place
 from tilewright.codegen.emit_gemm import dot
 from tilewright.codegen.evaluate import Evaluator
 from tilewright.codegen.index import Index
@@ -256,11 +256,11 @@ class AttentionTile(AttentionScores):
             return self.evaluator.raw(self.given["v"], index, problem.dtype).text
 
     def sink(self, place: Place) -> str | None:
-        """Text of the sink's logit to base 2: a key without a value that every query sees."""
+        """Text of the sink's logit: a key without a value that every query sees."""
         if not isinstance(self.given["sinks"], Node):
             return None
         sink = self.evaluator.number(self.given["sinks"], (place.head,), self.problem.compute)
-        return self.writer.emit("sink", f"{sink.text} * {LOG2_E}", sink.deps)
+        return self.writer.emit("sink", sink.text, sink.deps)
 
     # Results
 

@@ -87,7 +87,4 @@ def build(family: str, seed: int) -> nn.Module:
                 weight.normal_(0, 0.3)
             else:
                 weight.add_(torch.randn_like(weight) * 0.1)
-        for name, weight in model.named_parameters():
-            if name.endswith("Attention.q.weight"):  # T5's attention has no scale: it is in the weights of queries
-                weight.mul_(model.config.d_kv**-0.5)
     return model
